@@ -1,0 +1,153 @@
+"""Every part by slot and name, as text. Nothing is imported until a recipe names it.
+
+To add a part, add one line. The line is what `lmworks methods` prints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmworks.core.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a part's class lives ('module:Class' below `lmworks`) and what it is, in one line."""
+
+    path: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """What can stand in one slot: the kind of part, the parts, the one taken when a table has no `use`."""
+
+    line: str
+    parts: dict[str, Part] = field(default_factory=dict)
+    default: str | None = None
+    presets: str | None = None
+    """Folder below `recipes/` whose files a table of this slot may name with `size`."""
+
+
+SLOTS: dict[str, Shelf] = {
+    "model": Shelf(
+        "the network that is trained",
+        {
+            "decoder": Part("model.decoder:DecoderConfig", "Llama-shaped decoder with sizes per block"),
+            "gpt2": Part("model.gpt2:GPT2Config", "GPT-2: learned positions, LayerNorm, GELU"),
+            "neox": Part("model.neox:NeoXConfig", "GPT-NeoX / Pythia: partial rotary, parallel residual"),
+            "pretrained": Part("model.pretrained:Pretrained", "weights and shape of a Hugging Face or run folder"),
+        },
+        presets="sizes",
+    ),
+    "source": Shelf(
+        "where batches come from",
+        {"packed": Part("data.packed:Packed", "documents, tokenised once and packed into rows")},
+        default="packed",
+    ),
+    "reader": Shelf(
+        "where documents come from",
+        {
+            "python-stdlib": Part("data.read:PythonStdlib", "sources and docs of the running Python: on every machine"),
+            "text": Part("data.read:TextFiles", "text files by path or glob"),
+            "jsonl": Part("data.read:Jsonl", "one JSON object a line"),
+            "parquet": Part("data.read:Parquet", "a column of Parquet files"),
+            "huggingface": Part("data.read:HuggingFace", "a Hugging Face dataset, local folder or hub name"),
+        },
+    ),
+    "tokenizer": Shelf(
+        "how text becomes token ids",
+        {
+            "bpe": Part("data.tokenizer:Bpe", "byte-level BPE trained on the run's own text"),
+            "file": Part("data.tokenizer:TokenizerFile", "an existing tokenizer.json"),
+            "bytes": Part("data.tokenizer:Bytes", "UTF-8 bytes and one special token"),
+        },
+    ),
+    "objective": Shelf(
+        "what is minimised",
+        {"cross-entropy": Part("train.objective:CrossEntropy", "next-token cross-entropy, head in chunks")},
+        default="cross-entropy",
+    ),
+    "selector": Shelf(
+        "which candidates of a draw are trained on",
+        {"all": Part("train.slots:SelectAll", "every row that was drawn")},
+        default="all",
+    ),
+    "gradient": Shelf(
+        "what happens between backward and the update",
+        {"clip": Part("train.gradient:Clip", "scale the gradient to at most a global norm")},
+    ),
+    "saved": Shelf(
+        "what is kept for the backward pass",
+        {
+            "keep": Part("train.saved:Keep", "keep every saved tensor"),
+            "recompute": Part("train.saved:Recompute", "recompute each block in the backward pass"),
+        },
+        default="keep",
+    ),
+    "optimizer": Shelf(
+        "how gradients change weights",
+        {
+            "adamw": Part("train.optim:AdamW", "Adam with decoupled weight decay"),
+            "sgd": Part("train.optim:SGD", "gradient descent with momentum"),
+            "lion": Part("train.optim:Lion", "sign of an interpolated momentum"),
+            "muon": Part("train.muon:Muon", "orthogonalised momentum for matrices, AdamW for the rest"),
+        },
+    ),
+    "schedule": Shelf(
+        "how the learning rate moves over the run",
+        {
+            "cosine": Part("train.schedule:Cosine", "warm-up, then half a cosine down"),
+            "linear": Part("train.schedule:Linear", "warm-up, then a straight line down"),
+            "wsd": Part("train.schedule:WarmupStableDecay", "warm-up, constant, decay at the end"),
+            "constant": Part("train.schedule:Constant", "warm-up, then constant"),
+        },
+        default="cosine",
+    ),
+    "watcher": Shelf(
+        "what looks at the run while it goes, and may answer with a change",
+        {
+            "early-stop": Part("train.watch:EarlyStop", "stop when the validation loss no longer falls"),
+        },
+    ),
+    "sink": Shelf(
+        "where metrics are sent besides the run folder",
+        {
+            "tensorboard": Part("train.sinks:TensorBoard", "TensorBoard files in the run folder"),
+            "wandb": Part("train.sinks:WandB", "Weights & Biases"),
+            "mlflow": Part("train.sinks:MLflow", "MLflow"),
+            "trackio": Part("train.sinks:Trackio", "trackio"),
+        },
+    ),
+}
+
+VERBS: dict[str, str] = {
+    "train": "train.recipe:Train",
+}
+"""Verbs that run a recipe, and the dataclass that such a recipe decodes to."""
+
+
+def shelf(name: str) -> Shelf:
+    """The shelf of that name. Raises UsageError with the nearest name."""
+    if name not in SLOTS:
+        raise UsageError(f"no slot is called '{name}'{did_you_mean(name, SLOTS)}", legal=", ".join(SLOTS))
+    return SLOTS[name]
+
+
+def resolve(path: str) -> Any:
+    """Import 'module:Class' below `lmworks` and return the class."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(f"lmworks.{module}"), attribute)
+
+
+def name_of(part: object) -> str | None:
+    """The catalogue name of a part, from its class; None for a class that is not in the catalogue."""
+    cls = type(part)
+    path = f"{cls.__module__.removeprefix('lmworks.')}:{cls.__qualname__}"
+    for entry in SLOTS.values():
+        for name, listed in entry.parts.items():
+            if listed.path == path:
+                return name
+    return None
