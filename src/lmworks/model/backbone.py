@@ -1,0 +1,150 @@
+"""The loop over blocks: what the families have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lmworks.core.errors import UsageError
+from lmworks.model import ops
+from lmworks.model.attention import Frame, reach
+from lmworks.model.cache import BlockCache, KVCache
+from lmworks.model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from lmworks.model.rotary import Rotary
+from lmworks.model.sizes import Shape
+
+
+class Backbone(nn.Module):
+    """Token ids to hidden states. A pipeline stage is the same class with parts taken away by `keep_stage`.
+
+    The residual stream is in the compute precision (`dtype`), bfloat16 included, as in the field's own training runs:
+    it halves the traffic of every block, norms and softmax still work in float32, and a block's output is a product
+    that was rounded to bfloat16 anyway.
+    """
+
+    def __init__(
+        self,
+        config: Shape,
+        *,
+        embed: Embedding,
+        blocks: list[nn.Module],
+        norm: RMSNorm | LayerNorm,
+        dtype: torch.dtype,
+        positions: Embedding | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise UsageError("the model's vocab_size is not known yet", next_step="call with_vocab, or give vocab_size")
+        self.config = config
+        self.dtype = dtype
+        self.rotary = rotary
+        self.takes_tokens = True
+        self.embed: Embedding | None = embed
+        self.positions: Embedding | None = positions
+        self.blocks = nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
+        self.norm: RMSNorm | LayerNorm | None = norm
+        self.head: Linear | None = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T) token ids -> (B, T, D) hidden states after the final norm, in the compute precision.
+
+        A stage without an embedding takes the (B, T, D) states of the stage before; one without a norm gives its states
+        as they are. `positions_BT` default to 0..T-1 behind the cache. Tokens attend to tokens of the same id in
+        `documents_BT` only; None = one document per row. `cache` grows by T tokens.
+        """
+        batch, new = tokens_BT.shape[:2]
+        cached = cache.length if cache is not None else 0
+        if positions_BT is None:
+            self._check_length(cached + new)
+            positions_BT = torch.arange(cached, cached + new, device=tokens_BT.device)[None]
+        x_BTD = self.embed(tokens_BT) if self.embed is not None and self.takes_tokens else tokens_BT
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(positions_BT)
+        frame = self._frame(batch, new, positions_BT, documents_BT, cache)
+        for name, block in self.blocks.items():
+            x_BTD = block(x_BTD, frame, cache.blocks[name] if cache is not None else None)
+        if cache is not None:
+            cache.length += new
+        return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def _check_length(self, tokens: int) -> None:
+        """A learned position table ends somewhere; rotary positions do not."""
+        if self.positions is not None and tokens > self.positions.weight.shape[0]:
+            raise UsageError(
+                f"{tokens} tokens are longer than the model's position table",
+                legal=f"at most {self.positions.weight.shape[0]} tokens (max_position)",
+                next_step="shorten the text, or train a model with a larger max_position",
+            )
+
+    def _frame(
+        self, batch: int, new: int, positions_BT: Tensor, documents_BT: Tensor | None, cache: KVCache | None
+    ) -> Frame:
+        """Tables and reaches, worked out once and shared by the blocks."""
+        cached = cache.length if cache is not None else 0
+        if cache is not None:
+            documents_BT = cache.note_documents(documents_BT, batch, new)
+        reaches = {
+            window: reach(
+                batch=batch,
+                new=new,
+                cached=cached,
+                window=window,
+                documents_BK=documents_BT,
+                device=positions_BT.device,
+            )
+            for window in sorted({b.window for b in self.config.blocks()}, key=lambda window: window or 0)
+        }
+        rope = self.rotary.tables(positions_BT) if self.rotary is not None else None
+        return Frame(rope=rope, reaches=reaches)
+
+    def head_weight(self) -> Tensor:
+        """(V, D): the matrix that turns hidden states into logits, the token table itself when tied."""
+        table = self.embed if self.config.tied else self.head
+        if table is None:
+            raise UsageError(
+                "this pipeline stage holds no head",
+                legal="the stage that keeps the head, and the token table where it is tied",
+            )
+        return table.weight
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32 logits; the product runs in the precision of `hidden_BTD`."""
+        product = ops.linear(hidden_BTD, self.head_weight(), None)
+        return product if product.dtype == torch.float64 else product.float()
+
+    def new_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `length` tokens; `dtype` defaults to the compute precision.
+
+        A block with a window gets room for two windows, however long the text.
+        """
+        device = next(self.parameters()).device
+        blocks = {}
+        for name, sizes in ((name, self.config.blocks()[int(name)]) for name in self.blocks):
+            room = length if sizes.window is None else min(length, 2 * sizes.window)
+            shape = (batch, sizes.n_kv_heads, room, sizes.head_dim)
+            keys, values = (torch.zeros(shape, dtype=dtype or self.dtype, device=device) for _ in range(2))
+            blocks[name] = BlockCache(keys, values, sizes.window)
+        return KVCache(blocks, length)
+
+    def keep_stage(self, blocks: range, *, first: bool, last: bool) -> None:
+        """Take away what a pipeline stage does not hold. Names stay as they are.
+
+        `first` keeps the token and position tables, `last` the norm and the head (and a tied token table).
+        """
+        for name in [name for name in self.blocks if int(name) not in blocks]:
+            del self.blocks[name]
+        self.takes_tokens = first
+        if not first:
+            self.positions = None
+            self.embed = self.embed if last and self.config.tied else None
+        if not last:
+            self.norm = None
+            self.head = None

@@ -1,0 +1,223 @@
+"""The Llama-shaped decoder: one file to read.
+
+    x = embed[tokens]                                              (B, T, D)
+    for each block:
+        x = x + attn(attn_norm(x))                                 grouped-query attention, rotary positions
+        x = x + ffn(ffn_norm(x))                                   down(silu(gate) * up)
+    hidden = norm(x)                                               (B, T, D); logits = hidden @ head^T
+
+Shapes: B batch, T sequence, K keys, V vocabulary, D hidden, L blocks, N query heads, G key/value heads, h head_dim,
+F FFN width. Sizes are per block: n_heads, n_kv_heads and ffn_size may be lists with one entry per block.
+It covers Llama 1-3, SmolLM2, Mistral (window), Qwen2 (qkv_bias) and Qwen3 (qk_norm). A family that does not fit has its
+own file (`gpt2.py`, `neox.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from lmworks.core.cost import Cost
+from lmworks.core.errors import Problem
+from lmworks.model import ops
+from lmworks.model import sizes as shape
+from lmworks.model.attention import Attention, Frame
+from lmworks.model.backbone import Backbone
+from lmworks.model.cache import BlockCache
+from lmworks.model.layers import Embedding, Linear, RMSNorm
+from lmworks.model.rotary import RopeScaling, Rotary
+from lmworks.model.sizes import BlockSizes
+
+Positive = Annotated[int, Ge(1)]
+Sizes = Positive | tuple[Positive, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A Llama-shaped decoder."""
+
+    vocab_size: Positive | None = None
+    """V: rows of the token table. Left out = the tokenizer's."""
+    n_layers: Positive
+    """L: number of blocks."""
+    hidden_size: Positive
+    """D: width of the residual stream."""
+    n_heads: Sizes
+    """N: query heads, one number or one per block."""
+    n_kv_heads: Sizes | None = None
+    """G: key/value heads, one number or one per block; left out = as many as query heads."""
+    head_dim: Positive | None = None
+    """h: values per head; left out = hidden_size / n_heads."""
+    ffn_size: Sizes
+    """F: width of the feed-forward layer, one number or one per block."""
+    norm_eps: Annotated[float, Gt(0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied: bool = False
+    """The head is the token table."""
+    max_position: Positive = 2048
+    """Longest context the shape is meant for. Rotary positions have no table, so nothing breaks beyond it."""
+    rope_theta: Annotated[float, Gt(0)] = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama-3 scaling of the rotary frequencies."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head before rotation (Qwen3)."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    sliding_window: Positive | None = None
+    """Tokens a token sees, itself included; left out = all before it (Mistral 0.1: 4096)."""
+    sliding_window_blocks: tuple[Annotated[int, Ge(0)], ...] | None = None
+    """Blocks that use the window; left out = all of them."""
+    parallel_block: bool = False
+    """x + attn(attn_norm(x)) + ffn(ffn_norm(x)): both halves read the same x."""
+
+    def blocks(self) -> tuple[BlockSizes, ...]:
+        """The sizes of every block. Raises RecipeError with everything that is wrong with them."""
+        blocks, problems = self._sizes()
+        shape.refuse(problems)
+        return blocks
+
+    def _sizes(self) -> tuple[tuple[BlockSizes, ...], list[Problem]]:
+        windowed = range(self.n_layers) if self.sliding_window_blocks is None else self.sliding_window_blocks
+        blocks, problems = shape.block_sizes(
+            n_layers=self.n_layers,
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            ffn_size=self.ffn_size,
+            windows=[self.sliding_window if index in windowed else None for index in range(self.n_layers)],
+        )
+        if self.sliding_window_blocks is not None and self.sliding_window is None:
+            problems.append(Problem(path="model.sliding_window_blocks", text="has no effect without sliding_window"))
+        outside = [index for index in windowed if index >= self.n_layers]
+        if outside:
+            text = f"names block {outside[0]}; with n_layers = {self.n_layers} the last is {self.n_layers - 1}"
+            problems.append(Problem(path="model.sliding_window_blocks", text=text))
+        if blocks[0].head_dim % 2:
+            text = f"is {blocks[0].head_dim}; rotary positions turn pairs, so use {blocks[0].head_dim + 1}"
+            problems.append(Problem(path="model.head_dim", text=text))
+        return blocks, problems
+
+    def check(self, recipe: object) -> Iterator[Problem]:
+        """What is wrong with the settings as a whole."""
+        yield from self._sizes()[1]
+
+    def with_vocab(self, vocab_size: int) -> DecoderConfig:
+        """The same shape for another vocabulary."""
+        return replace(self, vocab_size=vocab_size)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter."""
+        width = self.hidden_size
+        yield "embed.weight", (self.vocab_size or 0, width)
+        for index, sizes in enumerate(self.blocks()):
+            yield from _block_shapes(f"blocks.{index}", self, sizes)
+        yield "norm.weight", (width,)
+        if not self.tied:
+            yield "head.weight", (self.vocab_size or 0, width)
+
+    def saved_values_per_token(self, block: BlockSizes) -> int:
+        """Values one block keeps per token: the inputs of its norms, products and kernels.
+
+        2 D norm inputs, 2 D norm outputs, q, k, v, the mixed heads, gate and up, and their product.
+        """
+        query, keys = block.n_heads * block.head_dim, block.n_kv_heads * block.head_dim
+        return 4 * self.hidden_size + 2 * query + 2 * keys + 3 * block.ffn_size
+
+    def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
+        """Parameters, FLOPs and bytes of this shape at `sequence` tokens, without building it."""
+        return shape.cost(self, sequence=sequence, bytes_per_value=bytes_per_value)
+
+    def build(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        param_dtype: torch.dtype = torch.float32,
+    ) -> Decoder:
+        """The network without values (NaN): computes in `dtype`, keeps parameters in `param_dtype`.
+
+        `device="meta"` allocates nothing; materialise with `to_empty`, then `initialise(model, seed)`.
+        """
+        with torch.device(device):
+            return Decoder(self, dtype=dtype).to(param_dtype)
+
+
+def _block_shapes(prefix: str, config: DecoderConfig, sizes: BlockSizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter of one block."""
+    width, head = config.hidden_size, sizes.head_dim
+    query, keys = sizes.n_heads * head, sizes.n_kv_heads * head
+    yield f"{prefix}.attn_norm.weight", (width,)
+    for name, rows in (("q_proj", query), ("k_proj", keys), ("v_proj", keys)):
+        yield f"{prefix}.attn.{name}.weight", (rows, width)
+        if config.qkv_bias:
+            yield f"{prefix}.attn.{name}.bias", (rows,)
+    yield f"{prefix}.attn.o_proj.weight", (width, query)
+    if config.qk_norm:
+        yield f"{prefix}.attn.q_norm.weight", (head,)
+        yield f"{prefix}.attn.k_norm.weight", (head,)
+    yield f"{prefix}.ffn_norm.weight", (width,)
+    yield f"{prefix}.ffn.gate_proj.weight", (sizes.ffn_size, width)
+    yield f"{prefix}.ffn.up_proj.weight", (sizes.ffn_size, width)
+    yield f"{prefix}.ffn.down_proj.weight", (width, sizes.ffn_size)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, width: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, ffn_size, bias=False)
+        self.up_proj = Linear(width, ffn_size, bias=False)
+        self.down_proj = Linear(ffn_size, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        result: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return result
+
+
+class Block(nn.Module):
+    """One block: attention and feed-forward, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, sizes: BlockSizes) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = Attention(
+            config.hidden_size,
+            sizes,
+            qkv_bias=config.qkv_bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+        )
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = SwiGLU(config.hidden_size, sizes.ffn_size)
+        self.parallel = config.parallel_block
+
+    def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if self.parallel:
+            mixed_BTD: Tensor = self.attn(self.attn_norm(x_BTD), frame, cache)
+            return x_BTD + mixed_BTD + self.ffn(self.ffn_norm(x_BTD))
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), frame, cache)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Decoder(Backbone):
+    """The network of a DecoderConfig. `forward`, `logits` and the cache are the Backbone's."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype) -> None:
+        blocks = config.blocks()
+        super().__init__(
+            config,
+            embed=Embedding(config.vocab_size or 0, config.hidden_size, dtype=dtype),
+            blocks=[Block(config, sizes) for sizes in blocks],
+            norm=RMSNorm(config.hidden_size, eps=config.norm_eps),
+            dtype=dtype,
+            rotary=Rotary(theta=config.rope_theta, width=blocks[0].head_dim, scaling=config.rope_scaling),
+        )

@@ -1,0 +1,111 @@
+"""The loss over a large vocabulary without a logits tensor for all tokens.
+
+Shapes: N tokens, D hidden, V vocabulary, C tokens in a chunk.
+
+The logits of one chunk exist at a time. Their gradient is known as soon as they are, so the backward products are made
+in the same visit and nothing is computed twice: forward and backward together cost the three products [N, D] x [D, V]
+that the whole-tensor form costs, and hold [C, V] instead of [N, V].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""A target that does not count, as in torch.nn.functional.cross_entropy."""
+
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+"""float32 logits held at a time: on a CPU a chunk should stay in the last-level cache."""
+
+
+def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Sum over valid tokens of -log softmax(hidden @ weight.T)[target]; a float32 (or float64) scalar.
+
+    Targets equal to IGNORE do not count. `chunk` is the number of tokens whose logits exist at a time (default: by
+    CHUNK_BYTES). Exact in value and gradient: the same as the whole-tensor form up to the order of float additions.
+    """
+    rows = chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)
+    result: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, rows)
+    return result
+
+
+def cross_entropy_each(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
+    """-log softmax(hidden @ weight.T)[target] of each token, no gradient; [N] float32, 0 where the target is IGNORE."""
+    losses_N = torch.zeros(targets_N.shape, dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    with torch.no_grad():
+        weight_VD = weight_VD.to(hidden_ND.dtype)
+        for at in _chunks(targets_N.shape[0], chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)):
+            loss_C, _ = _chunk_loss(hidden_ND[at] @ weight_VD.t(), targets_N[at])
+            losses_N[at] = loss_C
+    return losses_N
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        dtype = hidden_ND.dtype
+        weight = weight_VD.to(dtype)
+        total = torch.zeros((), dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
+        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD) if need_weight else None
+        for at in _chunks(targets_N.shape[0], rows):
+            targets_C = targets_N[at]
+            loss_C, logits_CV = _chunk_loss(hidden_ND[at] @ weight.t(), targets_C)
+            total += loss_C.sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad_CV = _gradient_in_place(logits_CV, targets_C).to(dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_CV, weight, out=grad_hidden[at])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_CV, hidden_ND[at])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad,) = grads
+        hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+        weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
+        return hidden, weight, None, None
+
+
+def _chunk_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [C] in float32 and the log-probabilities' input: logits minus their log-sum-exp, float32 [C, V]."""
+    log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=_accumulate_dtype(logits_CV))
+    valid_C = targets_C != IGNORE
+    picked_C = log_probs_CV.gather(1, torch.where(valid_C, targets_C, 0)[:, None])[:, 0]
+    return torch.where(valid_C, -picked_C, 0.0), log_probs_CV
+
+
+def _gradient_in_place(log_probs_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """d loss / d logits = softmax - one_hot, zero for ignored tokens; overwrites its input."""
+    valid_C = targets_C != IGNORE
+    grad_CV = log_probs_CV.exp_()
+    grad_CV.scatter_add_(1, torch.where(valid_C, targets_C, 0)[:, None], -torch.ones_like(grad_CV[:, :1]))
+    return grad_CV.masked_fill_(~valid_C[:, None], 0.0)
+
+
+def _add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """sum += grad.T @ hidden, accumulated in the dtype of the sum (float32 when the weights are)."""
+    if sum_VD.dtype == grad_CV.dtype:
+        sum_VD.addmm_(grad_CV.t(), hidden_CD)
+    else:
+        sum_VD += grad_CV.t() @ hidden_CD
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(vocab: int, device: str) -> int:
+    return max(64, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab))
+
+
+def _chunks(total: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]

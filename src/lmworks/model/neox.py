@@ -1,0 +1,160 @@
+"""GPT-NeoX (Pythia): partial rotary positions, parallel residual, LayerNorm, biases, exact GELU.
+
+    x = embed[tokens]
+    for each block:  x = x + attn(attn_norm(x)) + ffn(ffn_norm(x))
+    hidden = norm(x)
+
+Shapes as in `decoder.py`. Only the first rotary_pct of each head is turned. q, k and v are stored apart, each (N h, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+
+from lmworks.core.cost import Cost
+from lmworks.core.errors import Problem
+from lmworks.model import sizes as shape
+from lmworks.model.attention import Attention, Frame
+from lmworks.model.backbone import Backbone
+from lmworks.model.cache import BlockCache
+from lmworks.model.layers import Embedding, LayerNorm, PlainFFN
+from lmworks.model.rotary import Rotary
+from lmworks.model.sizes import BlockSizes
+
+Positive = Annotated[int, Ge(1)]
+Sizes = Positive | tuple[Positive, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeoXConfig:
+    """A GPT-NeoX-shaped decoder."""
+
+    vocab_size: Positive | None = None
+    """V: rows of the token table. Left out = the tokenizer's."""
+    n_layers: Positive
+    """L: number of blocks."""
+    hidden_size: Positive
+    """D: width of the residual stream."""
+    n_heads: Sizes
+    """N: attention heads, one number or one per block."""
+    n_kv_heads: Sizes | None = None
+    """G: key/value heads; left out = as many as query heads, as in every published GPT-NeoX."""
+    head_dim: Positive | None = None
+    """h: values per head; left out = hidden_size / n_heads."""
+    ffn_size: Sizes
+    """F: width of the feed-forward layer, one number or one per block."""
+    norm_eps: Annotated[float, Gt(0)] = 1e-5
+    """Added to the variance in LayerNorm."""
+    tied: bool = False
+    """The head is the token table."""
+    max_position: Positive = 2048
+    """Longest context the shape is meant for."""
+    rope_theta: Annotated[float, Gt(0)] = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_pct: Annotated[float, Gt(0), Le(1)] = 0.25
+    """Share of each head that is turned."""
+    parallel_block: bool = True
+    """Both halves of a block read the same x (Pythia); otherwise one after the other."""
+
+    @property
+    def rotary_width(self) -> int:
+        """Rotated values per head, rounded down as in the original code."""
+        return int(self._sizes()[0][0].head_dim * self.rotary_pct)
+
+    def blocks(self) -> tuple[BlockSizes, ...]:
+        """The sizes of every block. Raises RecipeError with everything that is wrong with them."""
+        blocks, problems = self._sizes()
+        shape.refuse([*problems, *self._rotary_problems()])
+        return blocks
+
+    def _sizes(self) -> tuple[tuple[BlockSizes, ...], list[Problem]]:
+        return shape.block_sizes(
+            n_layers=self.n_layers,
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            ffn_size=self.ffn_size,
+        )
+
+    def _rotary_problems(self) -> Iterator[Problem]:
+        width, head_dim = self.rotary_width, self._sizes()[0][0].head_dim
+        if width < 2 or width % 2:
+            near = max(2, width - width % 2) / head_dim
+            text = f"turns {width} of {head_dim} values per head; an even number is needed, for example {near:g}"
+            yield Problem(path="model.rotary_pct", text=text)
+
+    def check(self, recipe: object) -> Iterator[Problem]:
+        """What is wrong with the settings as a whole."""
+        yield from self._sizes()[1]
+        yield from self._rotary_problems()
+
+    def with_vocab(self, vocab_size: int) -> NeoXConfig:
+        """The same shape for another vocabulary."""
+        return replace(self, vocab_size=vocab_size)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter."""
+        yield "embed.weight", (self.vocab_size or 0, self.hidden_size)
+        for index, sizes in enumerate(self.blocks()):
+            yield from shape.biased_block_shapes(f"blocks.{index}", self.hidden_size, sizes)
+        yield from (("norm.weight", (self.hidden_size,)), ("norm.bias", (self.hidden_size,)))
+        if not self.tied:
+            yield "head.weight", (self.vocab_size or 0, self.hidden_size)
+
+    def saved_values_per_token(self, block: BlockSizes) -> int:
+        """Values one block keeps per token: norm inputs and outputs, q, k, v, mixed heads, GELU's input and output."""
+        return shape.biased_saved_values(self.hidden_size, block)
+
+    def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
+        """Parameters, FLOPs and bytes of this shape at `sequence` tokens, without building it."""
+        return shape.cost(self, sequence=sequence, bytes_per_value=bytes_per_value)
+
+    def build(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        param_dtype: torch.dtype = torch.float32,
+    ) -> NeoX:
+        """The network without values (NaN): computes in `dtype`, keeps parameters in `param_dtype`."""
+        with torch.device(device):
+            return NeoX(self, dtype=dtype).to(param_dtype)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward side by side (or one after the other), each behind its own LayerNorm."""
+
+    def __init__(self, config: NeoXConfig, sizes: BlockSizes) -> None:
+        super().__init__()
+        self.attn_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = Attention(config.hidden_size, sizes, qkv_bias=True, out_bias=True)
+        self.ffn_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = PlainFFN(config.hidden_size, sizes.ffn_size, approximate="none")
+        self.parallel = config.parallel_block
+
+    def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        mixed_BTD: Tensor = x_BTD + self.attn(self.attn_norm(x_BTD), frame, cache)
+        result: Tensor = mixed_BTD + self.ffn(self.ffn_norm(x_BTD if self.parallel else mixed_BTD))
+        return result
+
+
+class NeoX(Backbone):
+    """The network of a NeoXConfig. `forward`, `logits` and the cache are the Backbone's."""
+
+    def __init__(self, config: NeoXConfig, *, dtype: torch.dtype) -> None:
+        super().__init__(
+            config,
+            embed=Embedding(config.vocab_size or 0, config.hidden_size, dtype=dtype),
+            blocks=[Block(config, sizes) for sizes in config.blocks()],
+            norm=LayerNorm(config.hidden_size, eps=config.norm_eps),
+            dtype=dtype,
+            rotary=Rotary(theta=config.rope_theta, width=config.rotary_width),
+        )
