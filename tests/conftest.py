@@ -1,0 +1,59 @@
+"""What every test stands on: one torch thread, no network, a home of its own, tiers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+# Before torch is imported: spinning OpenMP threads of two test processes slow each other down several times.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+TIERS = {"ranks", "slow", "gpu"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compute on one thread, as OMP_NUM_THREADS alone does not bind torch's own pools."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tier `fast` to every test without one, and skip `gpu` where there is no device."""
+    import torch
+
+    for item in items:
+        tiers = TIERS & {mark.name for mark in item.iter_markers()}
+        if not tiers:
+            item.add_marker(pytest.mark.fast)
+        if "gpu" in tiers and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lmworks_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[os.PathLike[str]]:
+    """A fresh LMWORKS_HOME (caches, fetched models) per test process, also for the commands that tests start."""
+    home = tmp_path_factory.mktemp("lmworks-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMWORKS_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def closed_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test reach this machine only. Nothing is downloaded without being asked for."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in {"127.0.0.1", "::1", "localhost"}:
+            raise RuntimeError(f"a test tried to reach {address[0]}; tests run without a network")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
