@@ -45,7 +45,9 @@ def look(path: Path) -> Iterator[Finding]:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > FUNCTION_LINES:
                 what = f"{node.name} has {length} lines; a function has at most {FUNCTION_LINES}"
-                yield Finding(f"{path}:{node.lineno}", f"{what} ({FUNCTION_LINES_FAIL} fail)", length > FUNCTION_LINES_FAIL)
+                yield Finding(
+                    f"{path}:{node.lineno}", f"{what} ({FUNCTION_LINES_FAIL} fail)", length > FUNCTION_LINES_FAIL
+                )
 
 
 def main(roots: list[str]) -> int:
@@ -55,7 +57,9 @@ def main(roots: list[str]) -> int:
     for finding in findings:
         print(finding)
     failing = sum(finding.fails for finding in findings)
-    print(f"{len(files)} files: {failing} over a limit that fails, {len(findings) - failing} longer than they should be")
+    print(
+        f"{len(files)} files: {failing} over a limit that fails, {len(findings) - failing} longer than they should be"
+    )
     return 1 if failing else 0
 
 
