@@ -1,0 +1,1 @@
+"""Floor 2: documents, tokenizers, token shards, and the deterministic loader."""

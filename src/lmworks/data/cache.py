@@ -1,0 +1,92 @@
+"""The cache folder: made whole or not at all, by any number of processes at once."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmworks.core import files
+from lmworks.core.errors import DataError
+
+MANIFEST = "manifest.json"
+"""Written last. A folder without it is not complete."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cache_folder(setting: str | None) -> Path:
+    """The folder of a recipe's `cache` setting; none: $LMWORKS_HOME, or ~/.cache/lmworks."""
+    return Path(setting or os.environ.get("LMWORKS_HOME") or "~/.cache/lmworks").expanduser()
+
+
+@contextmanager
+def speaking(folder: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write below `folder` into a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        elsewhere = "set data.cache or LMWORKS_HOME to a folder with room"
+        if error.errno in _FULL:
+            raise DataError(
+                "the disk is full", where=str(folder), next_step=f"free some space, or {elsewhere}"
+            ) from error
+        what = f"cannot be written: {error.strerror or error}"
+        raise DataError(what, where=str(folder), next_step=f"make it writable, or {elsewhere}") from error
+
+
+def make_once(folder: Path, build: Callable[[Path], None], *, waiting: Callable[[], None] | None = None) -> None:
+    """Let `build` fill a temporary folder, make it durable, rename it to `folder`; nothing when it is complete.
+
+    One process builds, others wait for it: the lock is the kernel's, so it goes with a process that is killed. Where
+    locks do not hold (some network disks) both build, and one rename wins. `waiting` is called when there is a wait.
+    """
+    if (folder / MANIFEST).is_file():
+        return
+    with speaking(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, waiting):
+        if (folder / MANIFEST).is_file():
+            return
+        for left_over in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed: we hold the lock
+            shutil.rmtree(left_over, ignore_errors=True)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            with speaking(folder):
+                temporary.mkdir()
+                build(temporary)
+                files.sync_folder(temporary)
+                _rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        shutil.rmtree(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():  # another process was first: its bytes are the same
+            raise
+    files.sync_folder(folder.parent)
+
+
+@contextmanager
+def _lock(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+    with speaking(folder):
+        handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
