@@ -52,7 +52,7 @@ class Holdout:
         return int(self._bytes.sum())
 
     def __len__(self) -> int:
-        return -(-self.n_rows // self._batch_rows)
+        return len(range(0, self.n_rows, self._batch_rows))
 
     def __iter__(self) -> Iterator[Batch]:
         index, count = self._share

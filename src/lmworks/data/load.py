@@ -31,9 +31,9 @@ class Batch:
     """B rows of T tokens, all tensors int64.
 
     tokens_BT: inputs. targets_BT: the token after each input, -100 where no loss counts (the next document's bos,
-    padding). positions_BT: 0, 1, ... from the beginning of each document or of the row. documents_BT: 0, 1, ... per row;
-    a token attends to earlier ones of its own document only. bytes_B: UTF-8 bytes that the row's targets stand for;
-    None for training rows, where nobody asks.
+    padding). positions_BT: 0, 1, ... from the beginning of each document or of the row. documents_BT: 0, 1, ... in each
+    row; a token attends to earlier ones of its own document only. bytes_B: UTF-8 bytes that each row's targets stand
+    for; None for training rows, where nobody asks.
     """
 
     tokens_BT: Tensor

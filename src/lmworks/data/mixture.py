@@ -16,9 +16,9 @@ from typing import final
 class Mixture:
     """Shares of several sources, and the order in which they take turns (Tijdeman, the chairman assignment problem).
 
-    Taking always the source that lags most ("largest deficit") looks simpler, but with many sources it lets one drift
-    by more than a row: among those that lag enough, the one whose next turn is due first must go. Integer arithmetic,
-    so that every machine gives the same order.
+    Taking always the source that lags most ("largest deficit") looks simpler, but with weights such as 2, 8, 2, 40, 40,
+    40 one source drifts by more than a row. So among those that lag enough, the one whose next turn is due first goes.
+    The arithmetic is in integers: every machine gives the same order.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -28,11 +28,6 @@ class Mixture:
         scale = lcm(*(weight.denominator for weight in exact))
         self._parts = [int(weight * scale) for weight in exact]
         self._whole = sum(self._parts)
-
-    @property
-    def shares(self) -> list[float]:
-        """Each source's share of all rows."""
-        return [part / self._whole for part in self._parts]
 
     def next(self, counts: Sequence[int]) -> int:
         """The source of the next row, when `counts` rows of each were taken so far by this rule."""

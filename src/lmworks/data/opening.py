@@ -30,7 +30,7 @@ def open_lines(path: Path) -> Iterator[bytes]:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path))  # type: ignore[type-var]  # GzipFile is a raw stream in all but stubs
+        return io.BufferedReader(gzip.open(path))
     if path.suffix == ".bz2":
         return bz2.open(path)
     if path.suffix == ".xz":

@@ -168,7 +168,7 @@ def window_places(rows_B: Int, sequence_length: int) -> Int:
 
 
 def shuffled(count: int, seed: int) -> Int:
-    """0 ... count - 1 in the order of a hash of (seed, number): the same for every version of numpy and every machine."""
+    """0 ... count - 1 in the order of a hash of (seed, number): the same with every numpy on every machine."""
     numbers = np.arange(count, dtype=np.uint64)
     return np.argsort(_splitmix(_splitmix(numbers) ^ _splitmix(np.full(1, seed, dtype=np.uint64))), kind="stable")
 

@@ -288,24 +288,23 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
     """Files by path or glob, each once, sorted by name. Raises DataError for what is missing, or is a folder."""
     found: dict[str, Path] = {}
     for entry in paths:
-        pattern = os.path.expanduser(entry)
-        names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        files = [name for name in names if os.path.isfile(name)]
+        path = Path(entry).expanduser()
+        names = [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
+        files = [name for name in names if name.is_file()]
         if not files:
-            raise _nothing_at(entry, pattern)
-        found |= {Path(name).as_posix(): Path(name) for name in files}
+            raise _nothing_at(entry, path)
+        found |= {name.as_posix(): name for name in files}
     if not found:
         raise DataError("no paths are given", next_step="set `paths` of the reader, as in paths = ['books/*.txt']")
     return [SourceFile(name, found[name]) for name in sorted(found)]
 
 
-def _nothing_at(entry: str, pattern: str) -> DataError:
-    if os.path.isdir(pattern):
-        return DataError(
-            "is a folder", where=entry, next_step=f"name its files with a glob: '{entry.rstrip('/')}/**/*'"
-        )
-    what = "matches no file" if glob.has_magic(pattern) else "no such file"
-    return DataError(what, where=entry, next_step=f"paths start at the current folder, {os.getcwd()}")
+def _nothing_at(entry: str, path: Path) -> DataError:
+    if path.is_dir():
+        inside = f"{entry.rstrip('/')}/**/*"
+        return DataError("is a folder", where=entry, next_step=f"name its files with a glob: '{inside}'")
+    what = "matches no file" if glob.has_magic(entry) else "no such file"
+    return DataError(what, where=entry, next_step=f"paths start at the current folder, {Path.cwd()}")
 
 
 def read_utf8(path: Path) -> str | None:

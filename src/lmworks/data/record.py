@@ -77,10 +77,7 @@ def content_hash(record: Record) -> int:
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in record.content:
-        if isinstance(part, Text):
-            data = part.text.encode("utf-8")
-        else:
-            data = b"ids:" + b",".join(b"%d" % i for i in part.ids)
-        digest.update(b"%d:" % len(data))
+        data = part.text.encode("utf-8") if isinstance(part, Text) else b",".join(b"%d" % i for i in part.ids)
+        digest.update(b"%s %d:" % (type(part).__name__.encode(), len(data)))
         digest.update(data)
     return int.from_bytes(digest.digest(), "big")

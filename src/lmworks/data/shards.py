@@ -134,15 +134,11 @@ class Shards:
         return self._documents(~self._held_out(validation))
 
     def validation(self, validation: float) -> Documents:
-        """The documents whose hash lies in the lowest `validation` of all hashes, whatever other documents there are."""
+        """The documents whose hash lies in the lowest `validation` of all hashes, whatever else there is."""
         return self._documents(self._held_out(validation))
 
     def _held_out(self, fraction: float) -> NDArray[np.bool_]:
-        return (
-            self.hashes < np.uint64(int(fraction * 2**64))
-            if fraction > 0
-            else np.zeros(len(self.hashes), dtype=np.bool_)
-        )
+        return self.hashes < np.uint64(int(fraction * 2**64))
 
     def _documents(self, chosen: NDArray[np.bool_]) -> Documents:
         lengths = self._array("lengths.npy").astype(np.int64)

@@ -224,8 +224,9 @@ class TokenizerFile(TokenizerPart):
                 next_step="set `eos` of the tokenizer, as in eos = '</s>'",
             )
         bos = _special(inner, file, self.bos, "bos")
-        texts.setdefault("tokenizer_config.json", _config(inner.id_to_token(eos), inner.id_to_token(bos or eos)))
-        return Tokenizer(inner, bos=eos if bos is None else bos, eos=eos, texts=texts)
+        bos = eos if bos is None else bos
+        texts.setdefault("tokenizer_config.json", _config(_name(inner, file, eos), _name(inner, file, bos)))
+        return Tokenizer(inner, bos=bos, eos=eos, texts=texts)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -276,12 +277,12 @@ def _pieces(inner: tokenizers.Tokenizer, vocab_size: int) -> list[bytes]:
     """The bytes of each id of a byte-level vocabulary, as the library's decoder has it."""
     byte_of = {letter: byte for byte, letter in _letters().items()}
     pieces = [b""] * vocab_size
-    for token, id in inner.get_vocab(with_added_tokens=True).items():
+    for token, index in inner.get_vocab(with_added_tokens=True).items():
         known = all(letter in byte_of for letter in token)
-        pieces[id] = bytes(byte_of[letter] for letter in token) if known else token.encode("utf-8")
-    for id, added in inner.get_added_tokens_decoder().items():
+        pieces[index] = bytes(byte_of[letter] for letter in token) if known else token.encode("utf-8")
+    for index, added in inner.get_added_tokens_decoder().items():
         if added.special:
-            pieces[id] = b""
+            pieces[index] = b""
     return pieces
 
 
@@ -296,10 +297,17 @@ def _special(inner: tokenizers.Tokenizer, file: Path, setting: str | None, kind:
     token = setting if setting is not None else _configured(file, kind)
     if token is None or isinstance(token, int):
         return token
-    id = inner.token_to_id(token)
-    if id is None:
+    index = inner.token_to_id(token)
+    if index is None:
         raise DataError(f"the {kind} token {token!r} is not in the vocabulary", where=str(file))
-    return int(id)
+    return int(index)
+
+
+def _name(inner: tokenizers.Tokenizer, file: Path, index: int) -> str:
+    token = inner.id_to_token(index)
+    if token is None:
+        raise DataError(f"the configs beside it name token {index}, which it does not have", where=str(file))
+    return str(token)
 
 
 def _configured(file: Path, kind: str) -> str | int | None:
