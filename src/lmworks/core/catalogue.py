@@ -93,7 +93,7 @@ SLOTS: dict[str, Shelf] = {
             "adamw": Part("train.optim:AdamW", "Adam with decoupled weight decay"),
             "sgd": Part("train.optim:SGD", "gradient descent with momentum"),
             "lion": Part("train.optim:Lion", "sign of an interpolated momentum"),
-            "muon": Part("train.muon:Muon", "orthogonalised momentum for matrices, AdamW for the rest"),
+            "muon": Part("train.optim:Muon", "orthogonalised momentum for matrices, AdamW for the rest"),
         },
     ),
     "schedule": Shelf(

@@ -106,6 +106,6 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean 'x'?' when a known name is close, '' otherwise. Ready to append to a sentence."""
+    """The end of a sentence: '; did you mean 'x'?' when a known name is close, '.' otherwise."""
     match = nearest(name, known)
-    return f"; did you mean '{match}'?" if match else ""
+    return f"; did you mean '{match}'?" if match else "."

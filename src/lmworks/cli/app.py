@@ -1,0 +1,54 @@
+"""The command `lmworks`: its verbs, and how errors reach a person.
+
+Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 stopped and resumable, 4 the answer is no.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lmworks.cli import doctor, methods, quickstart, train
+from lmworks.core.errors import LmworksError
+
+VERBS = {
+    "quickstart": quickstart.quickstart,
+    "train": train.train,
+    "doctor": doctor.doctor,
+    "methods": methods.methods,
+}
+
+app = typer.Typer(
+    name="lmworks",
+    help="Every published way to train a language model, as a part you can switch on, combine and prove.\n\n"
+    "Start with: lmworks quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("lmworks"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a person's mistake ends with a message and an exit code, never with a stack trace."""
+    try:
+        app()
+    except LmworksError as error:
+        typer.echo(f"lmworks: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("lmworks: interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,104 @@
+"""From a decoded recipe to the objects of a run: device, data, model, optimizer, step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmworks.core.cost import Cost
+from lmworks.core.errors import Problem, RecipeError
+from lmworks.core.seeds import seed_for
+from lmworks.data.packed import Prepared
+from lmworks.model.init import initialise
+from lmworks.model.pretrained import Pretrained
+from lmworks.train.rate import bf16_is_fast
+from lmworks.train.recipe import Train
+from lmworks.train.slots import Probe
+from lmworks.train.step import Step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """Everything a run is made of."""
+
+    recipe: Train
+    prepared: Prepared
+    model: nn.Module
+    step: Step
+    cost: Cost
+    device: torch.device
+    dtype: torch.dtype
+
+
+def settle(recipe: Train) -> Train:
+    """The recipe with every 'auto' replaced by what it means on this machine. Raises RecipeError for a missing GPU."""
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError([Problem(path="device", text="'cuda' was asked for, but torch sees no GPU here. Legal: cpu, auto")])
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
+    return dataclasses.replace(recipe, device=device, precision=precision)
+
+
+def build(
+    recipe: Train, *, resume: dict[str, Any] | None = None, progress: Callable[..., None] | None = None
+) -> Built:
+    """Prepare the data, build and initialise the model, wire the step. `recipe` must be settled.
+
+    `resume` is the source's state in the checkpoint that is to go on: changed documents are refused before anything is made.
+    """
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device, dtype = torch.device(recipe.device), DTYPES[recipe.precision]
+    prepared = recipe.data.prepare(seed=recipe.seed, progress=progress, resume=resume)
+    config = fit_vocabulary(recipe.model, prepared.tokenizer.vocab_size)
+    model = config.build(dtype=dtype, device=device)
+    if isinstance(config, Pretrained):
+        config.fill(model)
+    else:
+        initialise(model, seed_for(recipe.seed, "weights"))
+    recipe.saved.apply(model)
+    if recipe.compile:
+        for block in model.get_submodule("blocks").children():
+            block.compile()
+    probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"))
+    step = Step(
+        model=model,
+        source=prepared.train(pin=device.type == "cuda"),
+        selector=recipe.selector,
+        objective=recipe.objective,
+        gradient=recipe.gradient,
+        update=recipe.optimizer.build(model),
+        probe=probe,
+        rows=recipe.batch_size,
+        micro_rows=recipe.micro_batch_size or recipe.batch_size,
+        device=device,
+    )
+    cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
+    return Built(recipe=recipe, prepared=prepared, model=model, step=step, cost=cost, device=device, dtype=dtype)
+
+
+def fit_vocabulary(config: Any, tokens: int) -> Any:
+    """The model's config with the tokenizer's vocabulary. Raises RecipeError when the two contradict each other.
+
+    A table may be larger than the tokenizer when it is the tokenizer's size rounded up to a multiple of 64 to 512, as
+    GPUs like it, or when the model is an existing one.
+    """
+    rounded = {-(-tokens // m) * m for m in (64, 128, 256, 512)}
+    size = config.vocab_size
+    if size is None:
+        return config.with_vocab(tokens)
+    if size == tokens or size in rounded or (size > tokens and isinstance(config, Pretrained)):
+        return config
+    text = f"is {size}, the tokenizer has {tokens} tokens. Legal: {tokens}, left out, or {min(rounded)} (rounded up)"
+    raise RecipeError([Problem(path="model.vocab_size", text=text)])

@@ -1,0 +1,116 @@
+"""What a training recipe holds: the slots of the step, and the cadences of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from lmworks.core.errors import Problem
+from lmworks.core.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Slot
+from lmworks.data.packed import Packed
+from lmworks.train.gradient import Clip
+from lmworks.train.objective import CrossEntropy
+from lmworks.train.save import Saving
+from lmworks.train.saved import Keep
+from lmworks.train.schedule import Cosine, Schedule
+from lmworks.train.sinks import Sink, TensorBoard
+from lmworks.train.slots import Gradient, Objective, Optimizer, Saved, SelectAll, Selector, Watching
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validating:
+    """When the loss on held-out documents is taken."""
+
+    every: PositiveInt | None = None
+    """Steps between validations; left out: only at the end."""
+    rows: PositiveInt | None = None
+    """How many rows of the held-out documents are read; left out: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """When the model is asked to go on with a text, so that a person can read how far it is."""
+
+    every: PositiveInt | None = None
+    """Steps between samples; left out: only at the end."""
+    prompts: tuple[str, ...] = ()
+    """Texts to go on with; none: no samples."""
+    tokens: PositiveInt = 64
+    """Tokens of each sample."""
+    temperature: NonNegativeFloat = 0.8
+    """0 takes the likeliest token."""
+    top_k: NonNegativeInt = 50
+    """Draw among the k likeliest tokens; 0 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training run."""
+
+    do: Literal["train"]
+    """The verb."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    batch_size: PositiveInt
+    """Rows of one optimizer step, over all ranks and micro-batches."""
+    model: Annotated[Any, Slot("model")]
+    """The network: its shape, or a size by name."""
+    data: Annotated[Packed, Slot("source")]
+    """Documents, tokenizer, and how rows are made of them."""
+    optimizer: Annotated[Optimizer, Slot("optimizer")]
+    """How gradients change weights."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows of one forward pass; left out: all rows of the step at once."""
+    seed: NonNegativeInt = 0
+    """Every random number of the run comes from it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of activations and products. Weights, gradients and optimizer state are float32 always. 'auto': bf16 where the
+    hardware has products for it, else fp32; the resolved recipe says which."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """'auto': a GPU when there is one."""
+    compile: bool = False
+    """Compile each block with torch.compile: minutes at the start, faster steps on a GPU."""
+    threads: PositiveInt | None = None
+    """CPU threads; left out: as many as torch takes."""
+    schedule: Annotated[Schedule, Slot("schedule")] = Cosine()
+    """How the learning rate moves."""
+    objective: Annotated[Objective, Slot("objective")] = CrossEntropy()
+    """What is minimised."""
+    selector: Annotated[Selector, Slot("selector")] = SelectAll()
+    """Which rows of a draw are trained on."""
+    gradient: Annotated[tuple[Gradient, ...], Slot("gradient")] = (Clip(),)
+    """What happens between backward and the update, in this order."""
+    saved: Annotated[Saved, Slot("saved")] = Keep()
+    """What is kept for the backward pass."""
+    watchers: Annotated[tuple[Watching, ...], Slot("watcher")] = ()
+    """What looks at the run while it goes."""
+    validation: Validating = Validating()
+    """When held-out documents are read."""
+    samples: Samples = Samples()
+    """When texts are written."""
+    checkpoints: Saving = Saving()
+    """When the run is saved."""
+    sinks: Annotated[tuple[Sink, ...], Slot("sink")] = (TensorBoard(),)
+    """Where metrics go besides the run folder."""
+    max_minutes: PositiveFloat | None = None
+    """Save and stop with exit code 3 after this time; the same command goes on."""
+
+    def check(self, recipe: Any) -> Iterator[Problem]:
+        """Settings that contradict each other or have no effect."""
+        micro = self.micro_batch_size
+        if micro is not None and micro > self.batch_size:
+            yield Problem(path="micro_batch_size", text=f"{micro} is more than batch_size {self.batch_size}")
+        if self.samples.every is not None and not self.samples.prompts:
+            yield Problem(path="samples.every", text="has no effect without samples.prompts")
+        for name in ("validation", "samples", "checkpoints"):
+            every = getattr(self, name).every
+            if every is not None and every > self.steps:
+                text = f"{every} has no effect in a run of {self.steps} steps; leave it out for 'only at the end'"
+                yield Problem(path=f"{name}.every", text=text)
+        if self.validation.rows is not None and self.data.validation == 0:
+            yield Problem(path="validation.rows", text="has no effect: data.validation is 0, no documents are held out")
+
+
+MAY_DIFFER = ("validation", "samples", "checkpoints", "sinks", "max_minutes", "threads")
+"""Settings that a resumed run may change: they do not touch what is learned."""

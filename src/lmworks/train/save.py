@@ -1,0 +1,223 @@
+"""Checkpoints: safetensors and JSON, nothing pickled, written so that a kill at any moment loses at most the newest.
+
+    checkpoints/step-00000100/
+        model.safetensors       weights by parameter name
+        optimizer.safetensors   'parameter name/state name'
+        random.safetensors      generator states as bytes
+        state.json              step, tokens, data position, watchers, ...
+        manifest.json           size and SHA-256 of each file above; written last: a folder without it is not complete
+
+Everything is written into a hidden temporary folder, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lmworks.core import files
+from lmworks.core.errors import CheckpointError
+from lmworks.core.recipe import PositiveInt
+
+FORMAT = 1
+TENSOR_FILES = ("model", "optimizer", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are written and which are kept."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; left out: only at the end and when the run is stopped."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept."""
+    keep_every: PositiveInt | None = None
+    """Steps whose multiples are kept for good."""
+    background: bool = True
+    """Copy to host memory, then write while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All that a run needs to go on: tensors by file ('model', 'optimizer', 'random') and a JSON state."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, saving: Saving) -> None:
+        self.folder = folder
+        self._saving = saving
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        for leftover in folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Write a checkpoint; in the background when so set. Raises CheckpointError for this or the last failed write."""
+        self.wait()
+        if not self._saving.background:
+            self._write(step, snapshot)
+            return
+        held = {name: {k: _held(v) for k, v in tensors.items()} for name, tensors in snapshot.tensors.items()}
+        copy = Snapshot(tensors=held, state=json.loads(json.dumps(snapshot.state)))
+        self._thread = threading.Thread(target=self._guarded, args=(step, copy), name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises CheckpointError when the write failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _guarded(self, step: int, snapshot: Snapshot) -> None:
+        try:
+            self._write(step, snapshot)
+        except BaseException as error:  # handed to the training thread by wait()
+            self._failure = error
+
+    def _write(self, step: int, snapshot: Snapshot) -> None:
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".writing-{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            write(temporary, snapshot)
+            if final.exists():  # from an attempt that went further than the checkpoint this one resumed from
+                _remove(final)
+            temporary.rename(final)
+            files.sync_folder(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            full = "disk full" if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error) else str(error)
+            raise CheckpointError(
+                f"could not be written: {full}",
+                where=str(final),
+                next_step="make room, then run the same command again: it resumes from the newest complete checkpoint",
+            ) from error
+        self._drop_old(step)
+
+    def _drop_old(self, step: int) -> None:
+        every = self._saving.keep_every
+        spare = [p for p in complete(self.folder) if every is None or step_of(p) % every != 0]
+        for path in spare[: -self._saving.keep]:
+            _remove(path)
+
+
+def write(folder: Path, snapshot: Snapshot) -> None:
+    """Write one checkpoint folder, every file synced, the manifest last."""
+    folder.mkdir(parents=True)
+    listed: dict[str, dict[str, Any]] = {}
+    for name, tensors in snapshot.tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+        files.sync_file(path)
+        listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+    path = folder / "state.json"
+    files.write_json(path, snapshot.state)
+    listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+    files.write_json(folder / "manifest.json", {"format": FORMAT, "files": listed})
+    files.sync_folder(folder)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; a kill while files are being deleted must not leave half of one under its name."""
+    doomed = path.with_name(f".writing-old-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below a folder, oldest first."""
+    return sorted(p.parent for p in folder.glob("step-*/manifest.json"))
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def read(folder: Path) -> Snapshot:
+    """Read and verify a checkpoint. Raises CheckpointError that names the damaged file and the checkpoint before it."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
+        raise _refused(folder, "is not a complete checkpoint: it has no manifest.json")
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        listed = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _refused(folder, f"manifest.json is damaged ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise _refused(folder, f"has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    for name, facts in listed.items():
+        _verify(folder, name, facts)
+    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSOR_FILES if f"{name}.safetensors" in listed}
+    return Snapshot(tensors=tensors, state=json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def _verify(folder: Path, name: str, facts: dict[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise _refused(folder, f"{name} is missing")
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise _refused(folder, f"{name} has {size} bytes, {facts['bytes']} were written")
+    if files.sha256_of(path) != facts["sha256"]:
+        raise _refused(folder, f"{name} does not have the bytes that were written (its SHA-256 differs)")
+
+
+def _refused(folder: Path, what: str) -> CheckpointError:
+    earlier = [p for p in complete(folder.parent) if p.name < folder.name]
+    step = f"--resume {earlier[-1]}  (the checkpoint before it)" if earlier else "--resume never starts anew; no earlier checkpoint is there"
+    return CheckpointError(what, where=str(folder), next_step=step)
+
+
+def must_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise CheckpointError when names or shapes of a checkpoint are not those of the model."""
+    lines = [f"missing: {name}" for name in wanted if name not in found]
+    lines += [f"not in this model: {name}" for name in found if name not in wanted]
+    lines += [
+        f"{name}: {list(found[name].shape)} there, {list(wanted[name].shape)} in this model"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if lines:
+        shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
+        raise CheckpointError(f"is of another model ({shown})", where=where, next_step="use the recipe it was made with")
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """A copy in host memory that training cannot change."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def random_state() -> dict[str, Tensor]:
+    """States of torch's default generators, as byte tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Put torch's default generators back."""
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name[5:]))

@@ -1,0 +1,222 @@
+"""The seven slots of a training step, and the record by which watchers speak.
+
+    Source      what rows come next
+    Selector    which of them are trained on
+    Objective   what is minimised
+    Gradient    what happens between backward and the update
+    Saved       what is kept for the backward pass
+    Optimizer   how gradients change weights
+    Watcher     what looks at a finished step, and may answer with a Change
+
+Every slot class is abstract or final: nothing that works is overridden; to vary, wrap. A part in a recipe is a frozen
+dataclass; the object it makes may hold state, and only through `state()` and `load()`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from lmworks.data.load import Batch
+
+State = dict[str, Any]
+"""What a slot keeps across a restart: JSON values, and tensors under string keys."""
+
+
+class Source(Protocol):
+    """Where batches come from. The order depends on (seed, row) only, never on workers or world size."""
+
+    def draw(self, rows: int) -> Batch:
+        """The next `rows` rows."""
+        ...
+
+    def state(self) -> State:
+        """Where the next row is, as JSON values."""
+        ...
+
+    def load(self, state: State) -> None:
+        """Continue at a saved place."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One term of a loss: the sum over its units, and how much it weighs."""
+
+    total: Tensor
+    weight: float = 1.0
+
+
+class Objective(ABC):
+    """What is minimised: a sum of named components, each divided by its own count over the whole step."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> dict[str, Tensor]:
+        """Units (tokens, pairs) of each component in this batch, counted before any forward pass."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Component]:
+        """The components' sums over this batch, with gradient."""
+
+
+class Selector(ABC):
+    """Which rows of a draw are trained on."""
+
+    @abstractmethod
+    def candidates(self, rows: int) -> int:
+        """How many rows to draw so that `rows` of them can be chosen."""
+
+    @abstractmethod
+    def select(self, batch: Batch, rows: int, probe: Probe) -> Batch:
+        """The chosen `rows` rows."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SelectAll(Selector):
+    """Every row that was drawn."""
+
+    def candidates(self, rows: int) -> int:
+        """Exactly as many as are wanted."""
+        return rows
+
+    def select(self, batch: Batch, rows: int, probe: Probe) -> Batch:
+        """The batch as it is."""
+        return batch
+
+
+class Gradient(ABC):
+    """What happens to gradients: a context around the backward passes, and a finish before the update."""
+
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered before the first forward pass of a step, left after the last backward pass."""
+        return nullcontext()
+
+    @abstractmethod
+    def finish(self, parameters: Sequence[nn.Parameter], norm: Tensor) -> dict[str, Tensor]:
+        """Change `.grad` in place. `norm` is the global norm as it came from the backward pass; returns metrics."""
+
+
+class Saved(ABC):
+    """What each block keeps for its backward pass. Set on the model once, before anything is compiled or sharded."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Arrange the blocks of the model."""
+
+
+class Update(ABC):
+    """A running optimizer: a learning rate that the loop sets, a step, and state by parameter name."""
+
+    @abstractmethod
+    def set_lr(self, factor: float) -> float:
+        """Set every group's rate to `factor` times its own; returns the first group's rate."""
+
+    @abstractmethod
+    def step(self, probe: Probe) -> None:
+        """Change the weights from their gradients. May ask the probe for further passes."""
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """All state tensors under 'parameter name/state name'."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` gave."""
+
+
+class Optimizer(ABC):
+    """How gradients change weights: the settings, which build an Update."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> Update:
+        """The running optimizer over the model's trainable parameters, grouped by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a watcher asks for, as plain data. The loop applies it, logs it and saves it, so that a run replays."""
+
+    reason: str
+    stop: bool = False
+    """End the run after this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A finished step, for watchers and sinks. Numbers are plain floats; lr is before any per-group factor."""
+
+    step: int
+    tokens: int
+    """Valid target tokens seen by the run so far."""
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    validation: dict[str, float] | None = None
+    """val_loss and val_bits_per_byte when this step ended with a validation."""
+
+
+class Watcher(ABC):
+    """Looks at finished steps. It never mutates anything: it answers with a Change or None."""
+
+    @abstractmethod
+    def look(self, record: StepRecord, probe: Probe) -> Change | None:
+        """Called after every step."""
+
+    def state(self) -> State:
+        """What to keep across a restart."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """Take back what `state()` gave."""
+
+
+class Watching(ABC):
+    """A watcher's settings, which start the running watcher."""
+
+    @abstractmethod
+    def start(self) -> Watcher:
+        """A watcher that has seen nothing yet."""
+
+
+class Probe:
+    """Extra passes, lent by the step: own random numbers, never touches `.grad`, and its cost is booked.
+
+    Methods that need more than the step's own gradient (curvature, scores of candidates) ask here.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, *, seed: int) -> None:
+        self.model = model
+        self.objective = objective
+        device = next(model.parameters()).device
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.batch: Batch | None = None
+        self.passes = 0
+        """Tokens sent through extra forward or backward passes so far."""
+
+    def gradients(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+        """Gradient of the objective's mean over `batch`, for the given parameters; `.grad` stays as it is."""
+        counts = self.objective.count(batch)
+        parts = self.objective.loss(self.model, batch)
+        loss = torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum()
+        self.passes += 3 * batch.tokens_BT.numel()
+        return torch.autograd.grad(loss, list(parameters))
+
+    def state(self) -> dict[str, Tensor]:
+        """The generator's state."""
+        return {"generator": self.generator.get_state()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` gave."""
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,95 @@
+"""One optimizer step: draw, select, count, run, finish, guard, update. It names no method and knows no layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmworks.core.errors import NonFinite
+from lmworks.data.load import Batch
+from lmworks.train.slots import Gradient, Objective, Probe, Selector, Source, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured."""
+
+    loss: float
+    """Sum over components of weight * mean, over the whole step."""
+    grad_norm: float
+    """Global L2 norm as it came from the backward passes."""
+    units: dict[str, int]
+    """Counts of each component; 'cross_entropy' counts target tokens."""
+    extra: dict[str, float]
+    """What the gradient stages reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The slots of a run, wired. Calling it makes one optimizer step."""
+
+    model: nn.Module
+    source: Source
+    selector: Selector
+    objective: Objective
+    gradient: Sequence[Gradient]
+    update: Update
+    probe: Probe
+    rows: int
+    """Rows of one optimizer step."""
+    micro_rows: int
+    """Rows of one forward pass; the last one may be smaller."""
+    device: torch.device
+
+    def __call__(self) -> StepResult:
+        """Make one step. Raises NonFinite, with nothing updated, when loss or gradient is inf or nan."""
+        drawn = self.source.draw(self.selector.candidates(self.rows)).to(self.device)
+        batch = self.selector.select(drawn, self.rows, self.probe)
+        self.probe.batch = batch
+        counts = {name: count.clamp(min=1) for name, count in self.objective.count(batch).items()}
+        self.update.zero_grad()
+        with ExitStack() as stack:
+            for stage in self.gradient:
+                stack.enter_context(stage.around(self.model))
+            loss = accumulate(self.model, self.objective, batch.split(self.micro_rows), counts)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        guard(loss, norm)
+        extra: dict[str, Tensor] = {}
+        for stage in self.gradient:
+            extra |= stage.finish(parameters, norm)
+        self.update.step(self.probe)
+        return StepResult(
+            loss=float(loss),
+            grad_norm=float(norm),
+            units={name: int(count) for name, count in counts.items()},
+            extra={name: float(value) for name, value in extra.items()},
+        )
+
+
+def accumulate(model: nn.Module, objective: Objective, micro_batches: Sequence[Batch], counts: dict[str, Tensor]) -> Tensor:
+    """Forward and backward over the micro-batches; gradients add up in `.grad`. Returns the step's loss (scalar).
+
+    Each component is divided by its count over the *whole* step, so any split gives the same gradient.
+    """
+    total: Tensor | None = None
+    for micro in micro_batches:
+        parts = objective.loss(model, micro)
+        loss = torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None, "a step has at least one micro-batch"
+    return total
+
+
+def guard(loss: Tensor, norm: Tensor) -> None:
+    """Raise NonFinite before anything is updated."""
+    if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        raise NonFinite(
+            f"loss is {float(loss)}, gradient norm is {float(norm)}; the update was not made",
+            next_step="resume from the last checkpoint with a lower learning rate, or look at the batch in events.jsonl",
+        )

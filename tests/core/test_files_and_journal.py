@@ -1,0 +1,83 @@
+"""Files that are old or new but never half; journals that survive a kill in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmworks.core import files
+from lmworks.core.events import Events
+from lmworks.core.journal import Journal, rewind, rows
+
+
+def test_writing_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+    files.write_json(path, {"x": "ä"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"x": "ä"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert files.sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@given(cut=st.integers(0, 60))
+def test_a_journal_cut_anywhere_keeps_its_complete_lines_and_goes_on(tmp_path_factory: object, cut: int) -> None:
+    folder = tmp_path_factory.mktemp("journal")  # type: ignore[attr-defined]
+    path = folder / "a.jsonl"
+    journal = Journal(path)
+    for i in range(4):
+        journal.append({"step": i, "text": "é"})
+    journal.flush()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut] if cut < len(whole) else b"")
+    kept = path.read_bytes().count(b"\n")
+    assert [row["step"] for row in rows(path)] == list(range(kept))
+    again = Journal(path)
+    again.append({"step": 99})
+    again.flush()
+    assert [row["step"] for row in rows(path)] == [*range(kept), 99]
+
+
+def test_rows_wait_until_they_are_flushed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a.jsonl", seconds=3600)
+    journal.append({"step": 1})
+    assert list(rows(journal.path)) == []
+    journal.flush()
+    assert list(rows(journal.path)) == [{"step": 1}]
+
+
+def test_a_number_that_json_cannot_say_is_written_as_text(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.append({"loss": float("nan"), "norm": float("inf"), "step": 1})
+    journal.flush()
+    assert list(rows(journal.path)) == [{"loss": "nan", "norm": "inf", "step": 1}]
+
+
+def test_rewinding_keeps_what_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    journal = Journal(path)
+    for i in range(5):
+        journal.append({"step": i})
+    journal.flush()
+    rewind(path, lambda row: row["step"] <= 2)
+    assert [row["step"] for row in rows(path)] == [0, 1, 2]
+
+
+def test_events_have_one_schema(tmp_path: Path) -> None:
+    events = Events(tmp_path / "events.jsonl", run="r")
+    events.step = 3
+    events.write("point", note="x")
+    with events.span("work") as attrs:
+        attrs["found"] = 1
+    events.flush()
+    point, work = rows(tmp_path / "events.jsonl")
+    assert set(point) == set(work) == {"run", "step", "rank", "axes", "stream", "name", "start", "end", "bytes", "attrs"}
+    assert point["start"] == point["end"]
+    assert work["end"] >= work["start"]
+    assert work["attrs"] == {"found": 1}
