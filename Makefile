@@ -29,7 +29,7 @@ help:
 
 demo: $(VENV)/.lmworks
 	$(SAY) 'Running lmworks quickstart: train, get killed, resume, sample, export, prove the export'
-	$(BIN)/lmworks quickstart
+	$(BIN)/lmworks quickstart --again
 
 test: $(VENV)/.lmworks-dev
 	$(SAY) 'Running every test in two processes (the 15 slowest are listed at the end)'
