@@ -1,6 +1,6 @@
 """Hold every Python file and function to the limits of the house, and refuse names that say nothing.
 
-A file has at most 400 lines and a function at most 60. Above that the place is listed; above 600 and 100 the check fails.
+A file has at most 400 lines and a function at most 60. Above that the place is listed; above 600 and 100 it fails.
 Run as `python tools/limits.py [ROOT ...]`; exit 0 when the limits hold, 1 when they do not.
 """
 

@@ -19,9 +19,11 @@ import types
 import typing
 from collections.abc import Iterator
 
+import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from lmworks.cli.app import app
 from lmworks.core import catalogue
 from lmworks.core.settings import settings
 
@@ -39,10 +41,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def commands() -> str:
     """A section for each verb with its help text."""
     os.environ["COLUMNS"] = "110"
-    import typer.main
-
-    from lmworks.cli.app import app
-
     group = typer.main.get_command(app)
     context = group.make_context("lmworks", [], resilient_parsing=True)
     lines = ["# Commands", "", "What each verb answers to `--help`.", ""]

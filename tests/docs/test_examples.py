@@ -1,0 +1,168 @@
+"""Every command and every recipe of README, CONTRIBUTING and docs is run, decoded, or checked for what it names.
+
+| what stands in a bash block | what is done with it |
+| --- | --- |
+| lmworks train | decoded with all its settings (--check) |
+| lmworks quickstart, fetch, chat | verb and options exist (minutes, a network, a person) |
+| any other lmworks command | run, in a folder that holds a tiny run at runs/quickstart |
+| make | the targets and variables exist |
+| pip install | the extras exist |
+| other programs | stand in OTHERS with a reason |
+
+A toml block that is a recipe is decoded; any other is laid over the shipped quickstart recipe and decoded.
+A python block is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lmworks.core import recipe
+from tests.docs.blocks import ROOT, Block, Command, blocks, commands
+
+HOW = {"train": "check", "quickstart": "parse", "fetch": "parse", "chat": "parse"}
+OTHERS = {
+    "python3": "makes an environment",
+    "tensorboard": "a server",
+    "lm_eval": "needs the extra eval",
+    ".ci/run": "calls this test",
+    "sbatch": "needs Slurm",
+}
+TINY = {
+    "steps": 4,
+    "batch_size": 2,
+    "precision": "fp32",
+    "threads": 1,
+    "model.n_layers": 1,
+    "model.hidden_size": 32,
+    "model.n_heads": 2,
+    "model.n_kv_heads": 2,
+    "model.ffn_size": 64,
+    "data.sequence_length": 64,
+    "data.validation": 0.2,
+    "data.tokenizer.use": "bytes",
+    "data.readers": '[{use="text", paths=["notes/**/*.txt"], split="block"}]',
+    "schedule.warmup": 1,
+    "validation.every": 2,
+    "validation.rows": 4,
+    "samples.every": 2,
+    "samples.tokens": 8,
+    "checkpoints.every": 2,
+    "sinks": "[]",
+}
+ALL = commands()
+OURS = [command for command in ALL if command.program == "lmworks"]
+
+
+def _job(command: Command, cwd: Path) -> dict[str, object]:
+    argv = list(command.words[1:])
+    how = HOW.get(argv[0], "run")
+    if how == "check":
+        return {"cwd": str(cwd), "argv": argv if "--check" in argv else [*argv, "--check"], "how": "run"}
+    return {"cwd": str(cwd), "argv": argv, "how": how}
+
+
+def _drive(jobs: list[dict[str, object]], folder: Path) -> list[dict[str, object]]:
+    asked, answered = folder / "jobs.json", folder / "results.json"
+    asked.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.docs.drive", str(asked), str(answered)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, timeout=600, cwd=ROOT, env=environment)
+    return json.loads(answered.read_text())
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, lmworks_home: Path) -> dict[Command, dict[str, object]]:
+    """What every lmworks command of the docs answers. Each page has a folder of its own, commands run in order."""
+    base = tmp_path_factory.mktemp("docs")
+    home = base / "template"
+    (home / "notes" / "2026").mkdir(parents=True)
+    paragraphs = "\n\n".join(f"Note {i}: water boils at {i} degrees on the planet of {i} moons." for i in range(60))
+    (home / "notes" / "2026" / "water.txt").write_text(paragraphs)
+    (home / "notes" / "lines.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i} of many"}) + "\n" for i in range(40))
+    )
+    shutil.copy(ROOT / "README.md", home / "README.md")
+    sets = [word for path, value in TINY.items() for word in ("--set", f"{path}={value}")]
+    training = {"cwd": str(home), "argv": ["train", "quickstart", "--run", "runs/quickstart", *sets], "how": "run"}
+    (made,) = _drive([training], base)
+    assert made["code"] == 0, made["err"]
+    folders = {}
+    for number, page in enumerate(dict.fromkeys(command.page for command in OURS)):
+        folders[page] = shutil.copytree(home, base / f"page{number}")
+    results = _drive([_job(command, folders[command.page]) for command in OURS], base)
+    return dict(zip(OURS, results, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+@pytest.mark.parametrize("command", OURS, ids=str)
+def test_lmworks_command(command: Command, answers: dict[Command, dict[str, object]]) -> None:
+    found = answers[command]
+    assert found["code"] == command.code, f"{found['err']}\n{found['out']}"
+    assert "Traceback" not in str(found["err"])
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.program == "make"], ids=str)
+def test_make_targets_and_variables_exist(command: Command) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for word in command.words[1:]:
+        name, equals, _ = word.partition("=")
+        pattern = rf"^{name}\s*\?=" if equals else rf"^{name}:"
+        assert re.search(pattern, makefile, re.MULTILINE), (
+            f"Makefile has no {'variable' if equals else 'target'} {name}"
+        )
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.program == "pip"], ids=str)
+def test_pip_extras_exist(command: Command) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for word in command.words:
+        match = re.fullmatch(r"(?:lmworks|\.)\[(.*)\]", word)
+        for extra in match[1].split(",") if match else []:
+            assert extra in project["optional-dependencies"]
+        if word.startswith("torch"):
+            assert word in project["dependencies"], "the range of torch is another one in pyproject.toml"
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.program not in ("lmworks", "make", "pip")], ids=str)
+def test_other_programs_are_known(command: Command) -> None:
+    assert command.program in OTHERS
+
+
+@pytest.mark.parametrize("block", [b for b in blocks() if b.language == "toml"], ids=str)
+def test_toml_decodes(block: Block, tmp_path: Path) -> None:
+    table = tomllib.loads(block.body)
+    if "do" not in table and "base" not in table:
+        table = recipe.merge(recipe.read(recipe.find("quickstart", "train")), table)
+        recipe.decode(table)
+        return
+    (tmp_path / "recipe.toml").write_text(block.body)
+    recipe.load(tmp_path / "recipe.toml")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+@pytest.mark.parametrize("block", [b for b in blocks() if b.language == "python"], ids=str)
+def test_python_runs(block: Block, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", block.body], check=True, timeout=120, cwd=tmp_path)
+
+
+def test_blocks_name_their_language() -> None:
+    known = {"bash", "toml", "python", "text", "json"}
+    assert [str(block) for block in blocks() if block.language not in known] == []
+
+
+def test_the_readme_has_exactly_two_set_up_commands() -> None:
+    targets = [command.words[1] for command in ALL if command.page == "README.md" and command.program == "make"]
+    assert targets == ["demo", "test"]
+    assert "make test" in (ROOT / ".ci" / "run").read_text(), "CI calls the README's test command"
