@@ -55,7 +55,7 @@ def table(evidence: dict[str, Any]) -> str:
     machine = evidence["hardware"]
     rows = {
         "model": f"{first['parameters']} parameters, {first['tokens_seen']} tokens seen",
-        "validation loss": f"{first['validation_loss']} nats per token, {first['validation_bits_per_byte']} bits per byte",
+        "validation loss": f"{first['validation_loss']} nats/token, {first['validation_bits_per_byte']} bits/byte",
         "speed": f"{_spread(runs, 'tokens_per_second')} tokens/s",
         "peak memory": f"{_spread(runs, 'peak_memory_GiB')} GiB",
         "killed and resumed": f"{first['steps_run_twice_bitwise_equal']} steps run twice, equal to the last bit",
@@ -68,7 +68,8 @@ def table(evidence: dict[str, Any]) -> str:
         *(f"| {name} | {value} |" for name, value in rows.items()),
     ]
     many = f"Median of {len(runs)} runs (lowest to highest)" if len(runs) > 1 else "One run"
-    source = f"{many}, {evidence['date']}, {machine['processor']}, {machine['cores']} cores, torch {evidence['versions']['torch']}."
+    torch = evidence["versions"]["torch"]
+    source = f"{many}, {evidence['date']}, {machine['processor']}, {machine['cores']} cores, torch {torch}."
     return "\n".join([*lines, "", f"*{source} [Evidence](benchmarks/evidence/quickstart.json)*", ""])
 
 
