@@ -1,10 +1,11 @@
 """Who attends to whom, and the layer that does it.
 
-`Reach` is worked out once per forward and window, and shared by all blocks. There are five kinds:
+`Reach` is worked out once per forward and window, and shared by all blocks. There are six kinds:
 
     all       one new token behind a cache: it sees every key, no mask
-    causal    one document per row: the kernel's own causal order, no mask
-    spans     packed rows on a CPU: each document is attended alone, so the work is sum(length^2), not T^2
+    causal    one document per row: the fused kernel's own causal order, no mask
+    tiles     on a CPU, up to some hundred keys per query: tile by tile, whatever the documents and windows (`tiles.py`)
+    spans     long packed documents on a CPU: each is attended alone, so the work is sum(length^2), not T^2
     blocks    packed or windowed rows on a GPU: FlexAttention with a block mask
     mask      everything else: a boolean mask
 """
@@ -24,10 +25,13 @@ from lmworks.model import ops
 from lmworks.model.cache import BlockCache
 from lmworks.model.layers import Linear, RMSNorm
 from lmworks.model.sizes import BlockSizes
+from lmworks.model.tiles import Tile, attend_tiles, tiles_for
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+FLEX_FROM = 128
+"""Tokens from which FlexAttention pays on a GPU; its blocks are 128 wide."""
 Span = tuple[int, int, int]
 """Row, first token, one past the last token of a document."""
 
@@ -37,6 +41,7 @@ class Reach:
     """Which keys each query sees; exactly one kind (see the module's table)."""
 
     causal: bool = False
+    tiles: tuple[Tile, ...] | None = None
     spans: tuple[Span, ...] | None = None
     blocks: BlockMask | None = None
     mask: Tensor | None = None
@@ -44,23 +49,64 @@ class Reach:
 
 
 def reach(
-    *, batch: int, new: int, cached: int, window: int | None, documents_BK: Tensor | None, device: torch.device
+    *,
+    batch: int,
+    new: int,
+    cached: int,
+    window: int | None,
+    documents_BK: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Reach:
     """The reach of `new` tokens behind `cached` ones. `documents_BK` holds ids for all cached + new tokens."""
     kept = cached if window is None else min(cached, window - 1)
     keys = kept + new
     sees_all_before = window is None or keys <= window
-    if documents_BK is None and sees_all_before and (cached == 0 or new == 1):
-        return Reach(causal=new > 1)
+    if documents_BK is None and new == 1:
+        return Reach()
     if documents_BK is not None:
         documents_BK = documents_BK[:, -keys:]
-    if cached == 0 and device.type == "cuda" and new >= 128:
+    if cached == 0 and device.type == "cpu" and ops.own_forms():
+        own = _cpu_reach(batch, new, None if sees_all_before else window, documents_BK, dtype)
+        if own is not None:
+            return own
+    if documents_BK is None and sees_all_before and cached == 0:
+        return Reach(causal=True)
+    if cached == 0 and device.type == "cuda" and new >= FLEX_FROM:
         return Reach(blocks=_block_mask(batch, new, window, documents_BK, device))
-    if cached == 0 and sees_all_before and documents_BK is not None and not torch.compiler.is_compiling():
-        spans = document_spans(documents_BK)
-        if spans is not None:
-            return Reach(spans=spans)
     return Reach(mask=boolean_mask(new, keys, window, documents_BK, device))
+
+
+def _cpu_reach(
+    batch: int, length: int, window: int | None, documents_BT: Tensor | None, dtype: torch.dtype
+) -> Reach | None:
+    """Tiles or spans; None where neither fits: a document that is interrupted, long rows without documents."""
+    place_1T = torch.arange(length)[None]
+    lowest_BT = torch.zeros_like(place_1T)
+    if documents_BT is not None:
+        changed_BT = documents_BT[:, 1:] != documents_BT[:, :-1]
+        ordered_BT = documents_BT.sort(1).values
+        if int(changed_BT.sum()) != int((ordered_BT[:, 1:] != ordered_BT[:, :-1]).sum()):
+            return None
+        first_BT = torch.nn.functional.pad(torch.where(changed_BT, place_1T[:, 1:], 0), (1, 0))
+        lowest_BT = first_BT.cummax(1).values
+    if window is not None:
+        lowest_BT = torch.maximum(lowest_BT, place_1T - window + 1)
+    tiles = tiles_for(lowest_BT.expand(batch, length), alike=documents_BT is None, dtype=dtype)
+    if tiles is not None:
+        return Reach(tiles=tiles)
+    if documents_BT is not None and window is None:
+        return Reach(spans=document_spans(lowest_BT))
+    return None
+
+
+def document_spans(first_BT: Tensor) -> tuple[Span, ...]:
+    """Each document of packed rows as one run of tokens, from the place where each token's document begins."""
+    spans: list[Span] = []
+    for row, first in enumerate(first_BT.tolist()):
+        starts = sorted(set(first))
+        spans += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(first)], strict=True)]
+    return tuple(spans)
 
 
 def boolean_mask(
@@ -76,17 +122,6 @@ def boolean_mask(
         return seen[None, None]
     same = documents_BK[:, -new:, None] == documents_BK[:, None, :]
     return (seen & same)[:, None]
-
-
-def document_spans(documents_BT: Tensor) -> tuple[Span, ...] | None:
-    """Each document of a packed batch as one run of tokens; None where an id comes back after another one."""
-    spans: list[Span] = []
-    for row, ids in enumerate(documents_BT.tolist()):
-        starts = [0, *(t for t in range(1, len(ids)) if ids[t] != ids[t - 1])]
-        if len({ids[t] for t in starts}) != len(starts):
-            return None
-        spans += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
-    return tuple(spans)
 
 
 def _block_mask(
@@ -107,16 +142,21 @@ def _block_mask(
     return create_block_mask(seen, rows, None, length, length, device=str(device))
 
 
-def attend(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v within the reach: (B, N, T, h). Query head n reads group n // (N / G)."""
+def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tensor:
+    """softmax(q k^T / sqrt(h)) v within the reach: (B, T, N, h). Query head n reads group n // (N / G)."""
+    if reach.tiles is not None:
+        return attend_tiles(q_BTNh, k_BGKh.transpose(1, 2), v_BGKh.transpose(1, 2), reach.tiles)
+    q_BNTh = q_BTNh.transpose(1, 2)
     grouped = q_BNTh.shape[1] != k_BGKh.shape[1]
     if reach.blocks is not None:
-        return _flex(q_BNTh, k_BGKh, v_BGKh, reach.blocks, grouped)
-    if reach.spans is not None:
-        return _span_by_span(q_BNTh, k_BGKh, v_BGKh, reach.spans)
-    return F.scaled_dot_product_attention(
-        q_BNTh, k_BGKh, v_BGKh, attn_mask=reach.mask, is_causal=reach.causal, enable_gqa=grouped
-    )
+        mixed_BNTh = _flex(q_BNTh, k_BGKh, v_BGKh, reach.blocks, grouped)
+    elif reach.spans is not None:
+        mixed_BNTh = _span_by_span(q_BNTh, k_BGKh, v_BGKh, reach.spans)
+    else:
+        mixed_BNTh = F.scaled_dot_product_attention(
+            q_BNTh, k_BGKh, v_BGKh, attn_mask=reach.mask, is_causal=reach.causal, enable_gqa=grouped
+        )
+    return mixed_BNTh.transpose(1, 2)
 
 
 def _span_by_span(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -198,6 +238,6 @@ class Attention(nn.Module):
         k_BGKh, v_BGKh = k_BTGh.transpose(1, 2), v_BTGh.transpose(1, 2)
         if cache is not None:
             k_BGKh, v_BGKh = cache.append(k_BTGh, v_BTGh)
-        mixed_BNTh = attend(q_BTNh.transpose(1, 2), k_BGKh, v_BGKh, frame.reaches[self.sizes.window])
-        result: Tensor = self.o_proj(mixed_BNTh.transpose(1, 2).flatten(2))
+        mixed_BTNh = attend(q_BTNh, k_BGKh, v_BGKh, frame.reaches[self.sizes.window])
+        result: Tensor = self.o_proj(mixed_BTNh.flatten(2))
         return result

@@ -99,6 +99,7 @@ class Backbone(nn.Module):
                 window=window,
                 documents_BK=documents_BT,
                 device=positions_BT.device,
+                dtype=self.dtype,
             )
             for window in sorted({b.window for b in self.config.blocks()}, key=lambda window: window or 0)
         }

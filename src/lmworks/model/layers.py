@@ -31,6 +31,20 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module is no more than its formula: an unchanged Linear that nobody listens to.
+
+    An adapter in its place, a hook or a parametrisation must be called, so layers that could be computed together are not.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is Linear and not any(hooks)
+
+
 class Embedding(nn.Module):
     """A table of rows, looked up and cast to the compute precision."""
 

@@ -1,10 +1,51 @@
-"""The arithmetic under the layers: one function per formula, exact against `tests/oracles`."""
+"""The arithmetic under the layers: one function per formula, exact against `tests/oracles`.
+
+Each formula stands once in plain PyTorch. On a CPU in training, where a pass over memory costs as much as the arithmetic,
+three of them have a second form with a hand-written gradient that makes fewer passes and keeps less
+(benchmarks/log.md); `torch.compile` and GPUs get the plain form.
+"""
 
 from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+"""Whether oneDNN's float32 products can be asked for by name."""
+FFN_ROWS = 512
+"""Rows of the feed-forward layer worked on at a time on a CPU, so that their widened form stays in cache."""
+_plain: ContextVar[bool] = ContextVar("plain_forms", default=False)
+
+
+@contextmanager
+def plain_forms() -> Iterator[None]:
+    """Use the plain forms everywhere: for second derivatives and for `torch.func` transforms.
+
+    The hand-written gradients cannot be differentiated again, and say so.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether the forms for CPUs apply to x."""
+    return x.device.type == "cpu" and own_forms()
+
+
+def own_forms() -> bool:
+    """Eager mode, and nobody asked for `plain_forms`."""
+    return not torch.compiler.is_compiling() and not _plain.get()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -12,7 +53,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
         bias = bias.to(x.dtype) if bias is not None else None
+    if ONEDNN and x.dtype == torch.float32 and on_cpu(x):
+        flat: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+        return flat.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T for two matrices on a CPU, without a graph.
+
+    In float32 oneDNN is asked by name: `x @ weight.t()` goes to MKL, which is slower on processors that are not Intel's.
+    """
+    if ONEDNN and x.dtype == torch.float32:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return result
+    return x @ weight.t()
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear in float32, with oneDNN's products forward and for the gradient of x, MKL's for that of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_MI, weight_OI)
+        ctx.biased = bias_O is not None
+        out_MO = product(x_MI, weight_OI)
+        return out_MO if bias_O is None else out_MO.add_(bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_MI, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        return (
+            product(grad_MO, weight_OI.t()) if needs_x else None,
+            grad_MO.t() @ x_MI if needs_weight else None,
+            grad_MO.sum(0) if ctx.biased else None,
+        )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,8 +99,40 @@ def _wide(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
+    if on_cpu(x):
+        result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return result
     wide = _wide(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number per row.
+
+    The gradient is LayerNorm's with the mean set to 0, plus the term that LayerNorm's mean takes away: so PyTorch's fused
+    LayerNorm kernel does nearly all of it in one pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind)
+        scale = norm.square_().div_(width).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad = grad.contiguous()
+        x = x.contiguous()
+        dx, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, (x.shape[-1],), torch.zeros_like(scale), scale, weight, weight, [True, True, False]
+        )
+        mean = torch.mv(grad.view(-1, x.shape[-1]), weight.to(grad.dtype)).view(scale.shape)
+        return dx.add_(mean.mul(scale).div_(x.shape[-1])), d_weight, None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -36,13 +145,85 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_ffn(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) for three (out, in) matrices without bias."""
+    weights = (gate_weight, up_weight, down_weight)
+    if on_cpu(x):
+        cast = [weight.to(x.dtype) for weight in weights]
+        result: Tensor = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), *cast)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], -1)
+    return linear(swiglu(linear(x, gate_weight, None), linear(x, up_weight, None)), down_weight, None)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps x, gate and up; their product is never stored for the backward pass, and never leaves the cache forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        out_MD = x_MD.new_empty(x_MD.shape[0], down_DF.shape[0])
+        kept: list[Tensor] = []
+        for x, out in zip(x_MD.split(FFN_ROWS), out_MD.split(FFN_ROWS), strict=True):
+            gate, up = product(x, gate_FD), product(x, up_FD)
+            out.copy_(product(F.silu(gate).mul_(up), down_DF))
+            kept += (gate, up)
+        ctx.save_for_backward(x_MD, gate_FD, up_FD, down_DF, *kept)
+        return out_MD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, ...]:
+        x_MD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
+        grad_MD = grad_MD.contiguous()
+        d_gate_MF, d_up_MF, mid_MF = (x_MD.new_empty(x_MD.shape[0], gate_FD.shape[0]) for _ in range(3))
+        dx_MD = torch.empty_like(x_MD)
+        for index, (gate, up) in enumerate(zip(kept[::2], kept[1::2], strict=True)):
+            part = slice(index * FFN_ROWS, (index + 1) * FFN_ROWS)
+            opened = F.silu(gate)
+            torch.mul(opened, up, out=mid_MF[part])
+            d_mid = product(grad_MD[part], down_DF.t())
+            d_up = torch.mul(d_mid, opened, out=d_up_MF[part])
+            d_gate = torch.ops.aten.silu_backward(d_mid.mul_(up), gate, grad_input=d_gate_MF[part])
+            torch.add(product(d_gate, gate_FD.t()), product(d_up, up_FD.t()), out=dx_MD[part])
+        return dx_MD, d_gate_MF.t() @ x_MD, d_up_MF.t() @ x_MD, grad_MD.t() @ mid_MF
+
+
 def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     """Rotary embedding: turns each pair (i, i + r/2) of the first r values of a head by its angle.
 
     cos, sin: (B or 1, T, r/2) float32. Values beyond r pass through (partial rotary of GPT-NeoX).
     """
-    half = cos_BTr.shape[-1]
     cos, sin = cos_BTr[:, :, None], sin_BTr[:, :, None]
+    if on_cpu(x_BTNh):
+        result: Tensor = _Rotate.apply(x_BTNh, cos, sin)  # type: ignore[no-untyped-call]
+        return result
+    half = cos.shape[-1]
     first, second = _wide(x_BTNh[..., :half]), _wide(x_BTNh[..., half : 2 * half])
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BTNh.dtype)
     return turned if 2 * half == x_BTNh.shape[-1] else torch.cat((turned, x_BTNh[..., 2 * half :]), -1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps only the tables; the gradient of a turn is the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` without a graph: the products are made in float32 and rounded once."""
+    half = cos.shape[-1]
+    wide = _wide(x)
+    out = torch.empty(x.shape, dtype=wide.dtype)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = wide[..., 2 * half :]
+    return out.to(x.dtype)

@@ -1,0 +1,192 @@
+"""A model on disk, whatever wrote it: a Hugging Face folder, a run folder, or one checkpoint of a run.
+
+    where = locate(path)          which of the three, where its weights and its tokenizer are
+    where.config()                the shape, with the vocabulary filled in
+    load(path)                    the model
+
+A run folder means its newest complete checkpoint. Its shape is in model.toml, or in the recipe's table [model].
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import tomli_w
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lmworks.core import files, recipe
+from lmworks.core.cost import Cost
+from lmworks.core.errors import CheckpointError, did_you_mean
+from lmworks.model import hf
+from lmworks.model.backbone import Backbone
+from lmworks.model.sizes import Shape
+
+WEIGHTS = "model.safetensors"
+SHAPE = "model.toml"
+
+
+class ModelConfig(Shape, Protocol):
+    """What every part of the slot 'model' can do."""
+
+    def with_vocab(self, vocab_size: int) -> Self:
+        """The same shape for another vocabulary."""
+        ...
+
+    def build(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        param_dtype: torch.dtype = torch.float32,
+    ) -> Backbone:
+        """The network."""
+        ...
+
+    def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
+        """What it costs."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Where a model lies."""
+
+    weights: Path
+    """A Hugging Face folder, or a complete checkpoint folder."""
+    run: Path | None
+    """The run folder of a checkpoint; None for a Hugging Face folder."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder that holds tokenizer.json."""
+        return self.weights if self.run is None else self.run / "tokenizer"
+
+    def config(self) -> ModelConfig:
+        """The shape, vocabulary included. Raises CheckpointError or RecipeError when it cannot be told."""
+        if self.run is None:
+            return hf.read_folder(self.weights).config
+        config = _shape_of_run(self.run)
+        if config.vocab_size is not None:
+            return config
+        with _open(self.weights / WEIGHTS) as file:
+            return config.with_vocab(file.get_slice("embed.weight").get_shape()[0])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The parameters by our names. A checkpoint's bytes are verified first."""
+        if self.run is None:
+            return hf.read_folder(self.weights).tensors
+        verify(self.weights)
+        return load_file(self.weights / WEIGHTS)
+
+
+def locate(path: Path) -> Located:
+    """What lies at a path. Raises CheckpointError when it is no model, or a run without a complete checkpoint."""
+    if not path.is_dir():
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, beside)
+        raise CheckpointError(f"there is no such folder{hint}", where=str(path), legal=_LEGAL)
+    if (path / "config.json").is_file():
+        return Located(weights=path, run=None)
+    if (path / "recipe.toml").is_file():
+        complete = sorted(manifest.parent for manifest in (path / "checkpoints").glob("step-*/manifest.json"))
+        if not complete:
+            raise CheckpointError(
+                "this run has no complete checkpoint yet",
+                where=str(path),
+                next_step="let it train on; checkpoints.every says how often one is written",
+            )
+        return Located(weights=complete[-1], run=path)
+    if (path / WEIGHTS).is_file() and path.parent.name == "checkpoints":
+        return Located(weights=path, run=path.parent.parent)
+    raise CheckpointError("holds no model", where=str(path), legal=_LEGAL)
+
+
+_LEGAL = "a run folder (recipe.toml), a checkpoint of a run (checkpoints/step-...), a Hugging Face folder (config.json)"
+
+
+def load(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    param_dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """The model at a path: computes in `dtype`, keeps its parameters in `param_dtype`."""
+    where = locate(path)
+    model = where.config().build(dtype=dtype, device="meta", param_dtype=param_dtype).to_empty(device=device)
+    fill(model, where)
+    return model
+
+
+def fill(model: Backbone, where: Located) -> None:
+    """Copy the weights that lie there into the model. Raises CheckpointError when names or shapes differ."""
+    tensors = where.tensors()
+    parameters = dict(model.named_parameters())
+    missing = [name for name in parameters if name not in tensors]
+    unknown = [name for name in tensors if name not in parameters]
+    if missing or unknown:
+        raise CheckpointError(
+            f"is of another model: it {'lacks' if missing else 'also holds'} {(missing or unknown)[0]}",
+            where=str(where.weights),
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = tensors[name]
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"is of another model: {name} is {list(tensor.shape)} there, {list(parameter.shape)} in this model",
+                    where=str(where.weights),
+                )
+            parameter.copy_(tensor)
+
+
+def write_shape(run: Path, config: Any) -> None:
+    """Keep the shape of a run's model in the run folder, so that it can be read when a recipe's own base is gone."""
+    files.write_text(run / SHAPE, tomli_w.dumps({"model": recipe.table_of(config)}))
+
+
+def _shape_of_run(run: Path) -> ModelConfig:
+    path = run / SHAPE if (run / SHAPE).is_file() else run / "recipe.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))["model"]
+    except FileNotFoundError as error:
+        raise CheckpointError("is not there, so the model's shape is not known", where=str(path)) from error
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise CheckpointError(f"does not tell the model's shape: {error}", where=str(path)) from error
+    config: ModelConfig = recipe.decode_part("model", table, source=str(path))
+    return config
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare the weights' size and SHA-256 with the checkpoint's manifest. Raises CheckpointError by name."""
+    manifest, weights = checkpoint / "manifest.json", checkpoint / WEIGHTS
+    try:
+        facts = json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]
+        size, digest = int(facts["bytes"]), str(facts["sha256"])
+    except FileNotFoundError as error:
+        raise CheckpointError("has no manifest.json: it was not written to its end", where=str(checkpoint)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"is damaged: {error}", where=str(manifest)) from error
+    if not weights.is_file():
+        raise CheckpointError("is missing", where=str(weights))
+    if weights.stat().st_size != size:
+        raise CheckpointError(f"has {weights.stat().st_size} bytes, {size} were written", where=str(weights))
+    if files.sha256_of(weights) != digest:
+        raise CheckpointError("does not have the bytes that were written (its SHA-256 differs)", where=str(weights))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError("is missing", where=str(path)) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"is damaged or cut short: {error}", where=str(path)) from error
