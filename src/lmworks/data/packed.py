@@ -25,6 +25,7 @@ from lmworks.data.pack import Documents, Int, Stream
 from lmworks.data.read import Reader
 from lmworks.data.sample import sample_texts
 from lmworks.data.shards import Shards, make_shards
+from lmworks.data.tokenise import Tally
 from lmworks.data.tokenizer import Bpe, Tokenizer, TokenizerPart, load_tokenizer
 
 
@@ -125,11 +126,12 @@ class Packed:
         def build(temporary: Path) -> None:
             texts: list[str] = []
             for reader, source, limit in zip(self.readers, prints, limits, strict=True):
-                texts += sample_texts(reader.read(source.source_files()), limit)
+                tally = Tally()
+                texts += sample_texts(tally.watch(reader.read(source.source_files())), limit)
+                tally.must_hold_documents(reader.label)
             if not texts:
-                raise DataError(
-                    "there is no text to train a tokenizer on", next_step="use the tokenizer 'file' or 'bytes'"
-                )
+                what = "the documents are token ids, and there is no text to train a tokenizer on"
+                raise DataError(what, next_step="use the tokenizer that made these ids: use = 'file'")
             if progress is not None:
                 size = sum(len(text) for text in texts)
                 progress(stage="training the tokenizer on", done=size, total=size, unit="characters")
@@ -158,21 +160,13 @@ class Prepared:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the data are: per source counts, what was dropped and why, tokens of each split. JSON values."""
+        names = ("documents", "licences", "tokens", "bytes", "source_id", "contents")
         sources = {}
-        for name, shards, training, held_out in zip(
-            self.identity.sources, self.shards, self._training, self._held_out, strict=True
-        ):
-            kept = {
-                key: shards.manifest[key]
-                for key in ("documents", "licences", "tokens", "bytes", "source_id", "contents")
-            }
-            splits = {"training": _counts(training), "validation": _counts(held_out)}
-            sources[name] = {
-                "weight": self.identity.sources[name].weight,
-                **kept,
-                "splits": splits,
-                "shards": str(shards.folder),
-            }
+        for i, (name, source) in enumerate(self.identity.sources.items()):
+            shards = self.shards[i]
+            kept = {key: shards.manifest[key] for key in names}
+            splits = {"training": _counts(self._training[i]), "validation": _counts(self._held_out[i])}
+            sources[name] = {"weight": source.weight, **kept, "splits": splits, "shards": str(shards.folder)}
         return {"fingerprint": self.fingerprint, "tokenizer_id": self.tokenizer.id, "sources": sources}
 
     def train(self, *, share: tuple[int, int] = (0, 1), prefetch: int = 2, pin: bool = False) -> Loader:
@@ -223,24 +217,23 @@ def _counts(documents: Documents) -> dict[str, int]:
     return {"documents": len(documents), "tokens": documents.n_tokens, "bytes": int(documents.n_bytes.sum())}
 
 
+_FEW = "set data.validation = 0, or cut the text into more documents (reader 'text', split = 'block')"
+
+
 def _nothing_held_out(fraction: float, shards: Sequence[Shards]) -> DataError:
-    hashes = np.sort(np.concatenate([one.hashes for one in shards]))
-    count = len(hashes)
-    what = f"no document is held out: none of {count} falls into the fraction {fraction}"
-    if count == 1:
-        step = "set data.validation = 0, or cut the text into documents (reader 'text', split = 'block')"
-        return DataError("there is one document, so none can be held out", where="data.validation", next_step=step)
-    return DataError(what, where="data.validation", legal=f"0, or {_above(int(hashes[0]))} and more")
+    hashes = np.concatenate([one.hashes for one in shards])
+    if len(hashes) == 1:
+        return DataError("there is one document, so none can be held out", where="data.validation", next_step=_FEW)
+    what = f"no document is held out: none of {len(hashes)} falls into the fraction {fraction}"
+    legal = f"0 for none, {_above(int(hashes.min()))} for one"
+    return DataError(what, where="data.validation", legal=legal, next_step=_FEW)
 
 
 def _nothing_to_train_on(name: str, fraction: float, shards: Shards) -> DataError:
     count = len(shards.hashes)
-    below = _below(int(shards.hashes.max()))
-    what = (
-        f"all {count} document{'s' if count > 1 else ''} of '{name}' fall into the fraction {fraction} that is held out"
-    )
-    step = "set data.validation = 0, or cut the text into documents (reader 'text', split = 'block')"
-    return DataError(what, where="data.validation", legal=f"below {below}" if below else "0", next_step=step)
+    what = f"nothing to train on: all documents of '{name}' ({count}) fall into the fraction {fraction}, held out"
+    legal = f"up to {_below(int(shards.hashes.max()))}"
+    return DataError(what, where="data.validation", legal=legal, next_step=_FEW)
 
 
 def _above(hash: int) -> float:

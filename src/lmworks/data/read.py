@@ -88,7 +88,7 @@ class Reader(ABC):
             if not value:
                 return Dropped(id, EMPTY)
             return Record(id=id, content=(Ids(tuple(value)),), source=self.label, licence=licence)
-        return Dropped(id, "no text" if value is None else f"text is a {type(value).__name__}")
+        return Dropped(id, "no text" if value is None else f"text is of type {type(value).__name__}")
 
 
 @final

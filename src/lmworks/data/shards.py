@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,11 +58,11 @@ def make_shards(
     folder = cache / "tokens" / shards_key(reader, source, tokenizer)
 
     def build(temporary: Path) -> None:
-        writer = _Writer(temporary, _dtype(tokenizer.vocab_size), shard_tokens)
-        tally = tokenise(reader, source, tokenizer, writer.add, progress)
-        tally.must_hold_documents(reader.label)
-        source.must_be_unchanged()
-        writer.finish(_manifest(reader, source, tokenizer, tally))
+        with closing(_Writer(temporary, _dtype(tokenizer.vocab_size), shard_tokens)) as writer:
+            tally = tokenise(reader, source, tokenizer, writer.add, progress)
+            tally.must_hold_documents(reader.label)
+            source.must_be_unchanged()
+            writer.finish(_manifest(reader, source, tokenizer, tally))
 
     def waiting() -> None:
         if progress is not None:
@@ -203,6 +204,10 @@ class _Writer:
         counts = {"tokens": sum(self._lengths), "bytes": sum(self._bytes), "dtype": self._dtype.str}
         files.write_json(self._folder / MANIFEST, {**manifest, **counts, "shards": self._written, "contents": contents})
 
+    def close(self) -> None:
+        """Let go of the open file, whether all went well or not."""
+        self._shard.file.close()
+
     def _close_shard(self) -> None:
         self._written.append(self._shard.close())
 
@@ -211,17 +216,17 @@ class _Writer:
 class _HashedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb", buffering=1 << 20)
+        self.file = path.open("wb", buffering=1 << 20)
         self._digest = hashlib.sha256()
         self._size = 0
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        self.file.write(data)
         self._digest.update(data)
         self._size += len(data)
 
     def close(self) -> dict[str, Any]:
-        self._file.close()
+        self.file.close()
         files.sync_file(self._path)
         return {"file": self._path.name, "size": self._size, "sha256": self._digest.hexdigest()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -50,6 +50,12 @@ class Tally:
         named = self.names.setdefault(item.reason, [])
         if len(named) < NAMED:
             named.append(item.id)
+
+    def watch(self, items: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
+        """Hand the documents on, and count them."""
+        for item in items:
+            self.see(item)
+            yield item
 
     def balance(self) -> dict[str, Any]:
         """The counts and the names, for a manifest."""
@@ -113,8 +119,7 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer) -> list[NDArray[np.i
 def _batches(reader: Reader, source: Fingerprint, tally: Tally) -> Iterator[list[Record]]:
     batch: list[Record] = []
     size = 0
-    for item in reader.read(source.source_files()):
-        tally.see(item)
+    for item in tally.watch(reader.read(source.source_files())):
         if isinstance(item, Record):
             batch.append(item)
             size += sum(len(part.text) if isinstance(part, Text) else len(part.ids) for part in item.content)

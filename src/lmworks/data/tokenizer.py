@@ -94,7 +94,8 @@ class Tokenizer:
 class TextStream:
     """Turns ids that come one by one into text, and never gives half a character.
 
-    The pieces, and what `end` gives, add up to `tokenizer.decode` of all ids.
+    The pieces, and what `end` gives, add up to `tokenizer.decode` of all ids. Only where ids spell broken UTF-8 in a
+    vocabulary that is not byte-level may the number of U+FFFD differ.
     """
 
     _PATIENCE = 16  # ids without a whole character, after which text is shown as it is
