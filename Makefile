@@ -47,7 +47,7 @@ floors: $(VENV)/.lmworks-dev
 	$(BIN)/python tools/limits.py
 
 docs: $(VENV)/.lmworks-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'The site is in site/; read it with: $(BIN)/mkdocs serve'
 
 check: lint types floors docs
