@@ -96,7 +96,7 @@ def _training() -> str:
             for parameter in model.parameters():
                 parameter -= 0.01 * parameter.grad
                 parameter.grad = None
-        losses.append(float(loss))
+        losses.append(loss.item())
     if not losses[1] < losses[0]:
         raise RuntimeError(f"the loss went from {losses[0]} to {losses[1]}")
     return "forward, backward and an update lower the loss"

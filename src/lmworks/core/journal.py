@@ -40,9 +40,9 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     """The complete objects of a journal; a last line cut short by a kill is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # bytes: the cut may lie inside a character
         for line in file:
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 yield json.loads(line)
 
 

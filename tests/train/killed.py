@@ -1,0 +1,62 @@
+"""Start a training run again and again, kill it each time at a random moment, until it ends. Run as a script.
+
+    python -m tests.train.killed SPEC.json
+
+SPEC: {"table": recipe table, "run": folder, "delays": [seconds, ...]}. Each child is forked from this process, which has
+imported everything but started no thread, so that a kill costs a tenth of a second and not an import of torch. Prints
+one line for each kill: the newest step in metrics.jsonl, the newest complete checkpoint, and whether a save was going on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from lmworks.core import recipe as recipes
+from lmworks.core.journal import rows
+from lmworks.core.run import RunFolder
+from lmworks.train.loop import run
+from lmworks.train.save import complete, step_of
+from tests.train.toy import Silent
+
+
+def child(spec: dict[str, object]) -> None:
+    """One attempt, in a forked process that ends without returning."""
+    code = 1
+    try:
+        run(recipes.decode(spec["table"]), Path(str(spec["run"])), resume="auto", report=Silent())  # type: ignore[arg-type]
+        code = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    """Kill and start again; 0 when the last attempt ended by itself."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    folder = RunFolder(Path(spec["run"]))
+    for delay in [*spec["delays"], None]:
+        pid = os.fork()
+        if pid == 0:
+            child(spec)
+        if delay is not None:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        seen = max((row["step"] for row in rows(folder.metrics)), default=0)
+        saved = [step_of(path) for path in complete(folder.checkpoints)]
+        writing = any(folder.checkpoints.glob(".writing-*"))
+        print(json.dumps({"status": status, "step": seen, "saved": saved, "writing": writing}), flush=True)  # noqa: T201
+        if status == 0:
+            return 0
+        if os.WIFEXITED(status):
+            return 1
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The loop: complete run folders, bitwise repetition and resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmworks.core.errors import CheckpointError, DataError, LmworksError, RecipeError, Stopped, UsageError
+from lmworks.core.journal import rows
+from lmworks.core.run import RunFolder
+from lmworks.train import save
+from tests.train import toy
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
+def learned(folder: RunFolder) -> list[tuple[Any, ...]]:
+    """Everything in metrics.jsonl that must repeat to the last bit."""
+    names = ("step", "tokens", "loss", "grad_norm", "lr", "clip_factor", "val_loss", "val_bits_per_byte")
+    return [tuple(row.get(name) for name in names) for row in rows(folder.metrics)]
+
+
+def weights(folder: RunFolder) -> dict[str, Any]:
+    return dict(save.read(save.complete(folder.checkpoints)[-1]).tensors["model"])
+
+
+class StopAt(toy.Silent):
+    """Sends itself a signal when a step has been written."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        super().__init__()
+        self.step, self.number = step, number
+
+    def row(self, row: dict[str, Any]) -> None:
+        if row["step"] == self.step and "loss" in row:
+            os.kill(os.getpid(), self.number)
+
+
+def stopped(made: Any, path: Path, step: int, number: signal.Signals = signal.SIGTERM) -> Stopped:
+    from lmworks.train.loop import run
+
+    with pytest.raises(Stopped) as caught:
+        run(made, path, resume="auto", report=StopAt(step, number))
+    return caught.value
+
+
+def test_a_run_folder_is_complete(text: Path, cache: Path, tmp_path: Path) -> None:
+    made = toy.recipe(text, cache, sinks=["tensorboard"], samples={"prompts": ["line "], "tokens": 8}, validation={"every": 6})
+    folder, report = toy.train(made, tmp_path / "run")
+    names = {p.name for p in folder.path.iterdir()}
+    assert names == {
+        "recipe.toml", "record.json", "events.jsonl", "metrics.jsonl", "summary.json", "samples.jsonl",
+        "tokenizer", "checkpoints", "tensorboard", "curves.png",
+    }  # fmt: skip
+    found = list(rows(folder.metrics))
+    steps, checks = [r for r in found if "loss" in r], [r for r in found if "val_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert [r["step"] for r in checks] == [6, 12]
+    wanted = {"step", "tokens", "loss", "grad_norm", "lr", "seconds", "tokens_per_second", "mfu", "memory_bytes"}
+    assert wanted <= set(steps[0])
+    assert {"val_loss", "val_bits_per_byte"} <= set(checks[0])
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    summary = json.loads(folder.summary.read_text())
+    assert summary["steps"] == 12
+    assert summary["loss"] == steps[-1]["loss"]
+    record = json.loads(folder.record.read_text())
+    assert record["code"]["sha256"]
+    assert record["data"]["fingerprint"]
+    assert record["data"]["tokenizer_id"]
+    assert record["versions"]["torch"]
+    assert {"start", "step", "validate", "save"} <= {e["name"] for e in rows(folder.events)}
+    assert report.rows == found
+    (sample,) = rows(folder.samples)
+    assert sample["prompt"] == "line "
+
+
+def test_the_resolved_recipe_runs_again_to_the_same_losses(text: Path, cache: Path, tmp_path: Path) -> None:
+    from lmworks.core import recipe as recipes
+
+    first, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
+    again, _ = toy.train(recipes.load(first.recipe), tmp_path / "b")
+    assert learned(first) == learned(again)
+    a, b = weights(first), weights(again)
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_another_seed_gives_other_losses(text: Path, cache: Path, tmp_path: Path) -> None:
+    first, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
+    other, _ = toy.train(toy.recipe(text, cache, seed=1), tmp_path / "b")
+    assert learned(first) != learned(other)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
+def test_two_stops_and_two_resumes_are_bitwise_the_unbroken_run(
+    optimizer: str, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    over: dict[str, Any] = {
+        "optimizer": {"use": optimizer, "lr": 3e-3},
+        "validation": {"every": 5},
+        "samples": {"every": 5, "prompts": ["li"], "tokens": 4},
+        "watchers": [{"use": "early-stop", "patience": 99}],
+        "micro_batch_size": 3,
+    }
+    made = toy.recipe(text, cache, **over)
+    whole, _ = toy.train(made, tmp_path / "whole")
+    assert stopped(made, tmp_path / "run", 3).exit_code == 3
+    stopped(made, tmp_path / "run", 7, signal.SIGUSR1)
+    folder, report = toy.train(made, tmp_path / "run")
+    assert "going on from step 7" in " ".join(report.notes)
+    assert learned(folder) == learned(whole)
+    assert list(rows(folder.samples)) == list(rows(whole.samples))
+    a, b = weights(folder), weights(whole)
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_time_limit_stops_with_exit_code_3(text: Path, cache: Path, tmp_path: Path) -> None:
+    from lmworks.train.loop import run
+
+    with pytest.raises(Stopped, match="limit of 1e-06 minutes") as caught:
+        run(toy.recipe(text, cache, max_minutes=1e-6), tmp_path / "run", resume="auto", report=toy.Silent())
+    assert caught.value.exit_code == 3
+    folder, _ = toy.train(toy.recipe(text, cache), tmp_path / "run")
+    assert folder.is_done()
+
+
+def test_a_finished_run_is_left_as_it_is(text: Path, cache: Path, tmp_path: Path) -> None:
+    made = toy.recipe(text, cache)
+    folder, _ = toy.train(made, tmp_path / "run")
+    before = folder.summary.read_text()
+    _, report = toy.train(made, tmp_path / "run")
+    assert report.rows == []
+    assert "already done" in report.notes[0]
+    assert folder.summary.read_text() == before
+
+
+def test_resume_never_starts_a_new_run_beside(text: Path, cache: Path, tmp_path: Path) -> None:
+    made = toy.recipe(text, cache, steps=2, checkpoints={})
+    toy.train(made, tmp_path / "run")
+    folder, _ = toy.train(made, tmp_path / "run", resume="never")
+    assert folder.path == tmp_path / "run-2"
+
+
+def test_a_folder_of_another_recipe_is_refused_and_says_what_differs(text: Path, cache: Path, tmp_path: Path) -> None:
+    toy.train(toy.recipe(text, cache, steps=2, checkpoints={}), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"optimizer\.lr: now 0\.5, there 0\.01"):
+        toy.train(toy.recipe(text, cache, steps=2, checkpoints={}, optimizer={"use": "adamw", "lr": 0.5}), tmp_path / "run")
+
+
+def test_cadences_may_change_when_a_run_goes_on(text: Path, cache: Path, tmp_path: Path) -> None:
+    whole, _ = toy.train(toy.recipe(text, cache), tmp_path / "whole")
+    stopped(toy.recipe(text, cache), tmp_path / "run", 5)
+    folder, _ = toy.train(toy.recipe(text, cache, checkpoints={"every": 2}, samples={"prompts": ["x"]}), tmp_path / "run")
+    assert learned(folder) == learned(whole)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(text: Path, cache: Path, tmp_path: Path) -> None:
+    made = toy.recipe(text, cache)
+    whole, _ = toy.train(made, tmp_path / "whole")
+    stopped(made, tmp_path / "run", 10)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
+    data = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(data[:-3] + bytes([data[-3] ^ 4]) + data[-2:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors") as caught:
+        toy.train(made, tmp_path / "run")
+    earlier = newest.with_name("step-00000008")
+    assert str(earlier) in str(caught.value)
+    folder, _ = toy.train(made, tmp_path / "run", resume=str(earlier))
+    assert learned(folder) == learned(whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(text: Path, cache: Path, tmp_path: Path) -> None:
+    toy.train(toy.recipe(text, cache), tmp_path / "small")
+    model = {"use": "decoder", "n_layers": 3, "hidden_size": 32, "n_heads": 2, "n_kv_heads": 1, "ffn_size": 48}
+    with pytest.raises(CheckpointError, match="another model"):
+        toy.train(toy.recipe(text, cache, model=model), tmp_path / "large", resume=str(tmp_path / "small/checkpoints/step-00000012"))
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(text: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint folder"):
+        toy.train(toy.recipe(text, cache), tmp_path / "run", resume=str(tmp_path / "nothing"))
+
+
+def test_changed_documents_refuse_to_go_on_and_are_named(cache: Path, tmp_path: Path) -> None:
+    text = toy.corpus(tmp_path / "text")
+    made = toy.recipe(text, cache)
+    stopped(made, tmp_path / "run", 5)
+    (text / "003.txt").write_text("something else\nentirely, and longer than before")
+    with pytest.raises(DataError, match=r"003\.txt"):
+        toy.train(made, tmp_path / "run")
+
+
+def test_a_vocabulary_that_contradicts_the_tokenizer_is_refused(text: Path, cache: Path, tmp_path: Path) -> None:
+    model = {"use": "decoder", "n_layers": 1, "hidden_size": 32, "n_heads": 2, "ffn_size": 48}
+    with pytest.raises(RecipeError, match="the tokenizer has 257 tokens"):
+        toy.train(toy.recipe(text, cache, model={**model, "vocab_size": 300}), tmp_path / "run")
+    folder, _ = toy.train(toy.recipe(text, cache, steps=2, checkpoints={}, model={**model, "vocab_size": 320}), tmp_path / "run")
+    assert weights(folder)["embed.weight"].shape[0] == 320
+
+
+def test_early_stop_ends_the_run_and_says_why(text: Path, cache: Path, tmp_path: Path) -> None:
+    watchers = [{"use": "early-stop", "patience": 2, "least": 10.0}]
+    folder, _ = toy.train(toy.recipe(text, cache, watchers=watchers, validation={"every": 2}), tmp_path / "run")
+    summary = json.loads(folder.summary.read_text())
+    assert summary["steps"] == 6
+    assert "2 validations" in summary["stopped"]
+
+
+def test_bf16_learns_and_keeps_float32_weights(text: Path, cache: Path, tmp_path: Path) -> None:
+    folder, _ = toy.train(toy.recipe(text, cache, precision="bf16"), tmp_path / "run")
+    losses = [row["loss"] for row in rows(folder.metrics) if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    assert {str(t.dtype) for t in weights(folder).values()} == {"torch.float32"}
+
+
+def test_recompute_gives_the_same_losses(text: Path, cache: Path, tmp_path: Path) -> None:
+    keep, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
+    again, _ = toy.train(toy.recipe(text, cache, saved="recompute"), tmp_path / "b")
+    assert learned(keep) == learned(again)
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(text: Path, cache: Path, tmp_path: Path) -> None:
+    made = toy.recipe(text, cache, optimizer={"use": "sgd", "lr": 1e18}, gradient=[], schedule="constant", checkpoints={"every": 1})
+    with pytest.raises(LmworksError, match="not made"):
+        toy.train(made, tmp_path / "run")
+    assert save.complete(tmp_path / "run" / "checkpoints")
+
+
+def test_a_folder_that_cannot_be_written_says_so(text: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LmworksError, match="cannot write the run folder"):
+        toy.train(toy.recipe(text, cache), tmp_path / "file" / "run")

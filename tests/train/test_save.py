@@ -1,0 +1,140 @@
+"""Checkpoints: complete or not there, verified by name, kept by policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmworks.core.errors import CheckpointError
+from lmworks.train import save
+from lmworks.train.save import Checkpoints, Saving, Snapshot
+
+
+def snapshot(step: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "model": {"w": torch.randn(4, 3, generator=generator)},
+        "optimizer": {"w/m": torch.randn(4, 3, generator=generator), "w/step": torch.tensor(float(step))},
+        "random": {"cpu": torch.get_rng_state()},
+    }
+    return Snapshot(tensors=tensors, state={"step": step})
+
+
+def saved(folder: Path, steps: list[int], **policy: object) -> Checkpoints:
+    folder.mkdir(exist_ok=True)
+    checkpoints = Checkpoints(folder, Saving(**policy))  # type: ignore[arg-type]
+    for step in steps:
+        checkpoints.save(step, snapshot(step))
+    checkpoints.wait()
+    return checkpoints
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_is_read_is_what_was_written(tmp_path: Path, background: bool) -> None:
+    saved(tmp_path, [7], background=background)
+    found = save.read(tmp_path / "step-00000007")
+    want = snapshot(7)
+    assert found.state == {"step": 7}
+    for name, tensors in want.tensors.items():
+        assert all(torch.equal(found.tensors[name][key], value) for key, value in tensors.items())
+
+
+def test_a_background_write_holds_the_values_of_its_moment(tmp_path: Path) -> None:
+    taken = snapshot(1)
+    checkpoints = Checkpoints(tmp_path, Saving())
+    want = taken.tensors["model"]["w"].clone()
+    checkpoints.save(1, taken)
+    taken.tensors["model"]["w"].zero_()
+    checkpoints.wait()
+    assert torch.equal(save.read(tmp_path / "step-00000001").tensors["model"]["w"], want)
+
+
+def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
+    saved(tmp_path, [10, 20, 30, 40, 50], keep=2, keep_every=20)
+    assert [save.step_of(p) for p in save.complete(tmp_path)] == [20, 30, 40, 50]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (20, 30, 40, 50)]
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete"])
+def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_offered(tmp_path: Path, name: str, harm: str) -> None:
+    saved(tmp_path, [1, 2])
+    path = tmp_path / "step-00000002" / name
+    data = path.read_bytes()
+    if harm == "truncate":
+        path.write_bytes(data[:-1])
+    elif harm == "flip":
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        save.read(tmp_path / "step-00000002")
+    assert "step-00000001" in str(caught.value)
+
+
+def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, [1])
+    (tmp_path / "step-00000001" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        save.read(tmp_path / "step-00000001")
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, [1])
+    path = tmp_path / "step-00000001" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        save.read(tmp_path / "step-00000001")
+
+
+def test_a_folder_without_manifest_is_not_complete(tmp_path: Path) -> None:
+    saved(tmp_path, [1, 2])
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    assert [save.step_of(p) for p in save.complete(tmp_path)] == [1]
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        save.read(tmp_path / "step-00000002")
+
+
+def test_leftovers_of_a_killed_write_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".writing-step-00000009").mkdir()
+    (tmp_path / ".writing-step-00000009" / "model.safetensors").write_bytes(b"half")
+    Checkpoints(tmp_path, Saving())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path, background: bool) -> None:
+    folder = tmp_path / "c"
+    checkpoints = saved(folder, [1], background=background)
+    folder.rename(tmp_path / "gone")
+    (tmp_path / "c").write_text("a file where the folder was")
+    with pytest.raises(CheckpointError, match="could not be written"):  # noqa: PT012  (a background write fails at wait)
+        checkpoints.save(2, snapshot(2))
+        checkpoints.wait()
+    assert [save.step_of(p) for p in save.complete(tmp_path / "gone")] == [1]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2])
+    path = tmp_path / "step-00000002" / "model.safetensors"
+    path.write_bytes(b"damaged")
+    checkpoints.save(2, snapshot(2))
+    checkpoints.wait()
+    assert save.read(tmp_path / "step-00000002").state == {"step": 2}
+
+
+def test_a_checkpoint_of_another_model_lists_what_differs() -> None:
+    found = {"a": torch.zeros(2, 3), "old": torch.zeros(1)}
+    wanted = {"a": torch.zeros(2, 4), "new": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as caught:
+        save.must_fit(found, wanted, where="here")
+    text = str(caught.value)
+    assert "missing: new" in text
+    assert "not in this model: old" in text
+    assert "a: [2, 3] there, [2, 4] in this model" in text

@@ -1,0 +1,113 @@
+"""A tiny training recipe on a few lines of text, and a batch to step on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmworks.core import recipe as recipes
+from lmworks.core.run import RunFolder
+from lmworks.data.load import Batch
+from lmworks.model.backbone import Backbone
+from lmworks.model.decoder import DecoderConfig
+from lmworks.model.init import initialise
+from lmworks.train.loop import run
+from lmworks.train.recipe import Train
+
+
+class Silent:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def preparing(self, **facts: Any) -> None:
+        pass
+
+    def begin(self, step: int, steps: int) -> None:
+        pass
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def end(self) -> None:
+        pass
+
+
+def corpus(folder: Path, documents: int = 40) -> Path:
+    """Text files of different lengths, the same on every call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(documents):
+        lines = [f"line {j} of document {i}: {(i * 7919 + j * 104729) % 9973}" for j in range(2 + i % 7)]
+        (folder / f"{i:03d}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def table(text: Path, cache: Path, **over: Any) -> dict[str, Any]:
+    """A recipe table: bytes, 2 blocks, 32 wide, 12 steps of 4 rows of 32 tokens."""
+    return {
+        "do": "train",
+        "steps": 12,
+        "batch_size": 4,
+        "precision": "fp32",
+        "device": "cpu",
+        "model": {"use": "decoder", "n_layers": 2, "hidden_size": 32, "n_heads": 2, "n_kv_heads": 1, "ffn_size": 48},
+        "data": {
+            "readers": [{"use": "text", "paths": [str(text / "*.txt")]}],
+            "tokenizer": "bytes",
+            "sequence_length": 32,
+            "validation": 0.2,
+            "cache": str(cache),
+        },
+        "optimizer": {"use": "adamw", "lr": 1e-2},
+        "checkpoints": {"every": 4},
+        "sinks": [],
+        **over,
+    }
+
+
+def recipe(text: Path, cache: Path, **over: Any) -> Train:
+    """The decoded recipe."""
+    decoded: Train = recipes.decode(table(text, cache, **over))
+    return decoded
+
+
+def train(made: Train, path: Path, resume: str = "auto") -> tuple[RunFolder, Silent]:
+    """Run it in this process."""
+    report = Silent()
+    return run(made, path, resume=resume, report=report), report
+
+
+def model(vocab: int = 61, *, seed: int = 0, dtype: torch.dtype = torch.float64, **over: Any) -> Backbone:
+    """A small decoder, in float64 throughout."""
+    config = DecoderConfig(
+        vocab_size=vocab, n_layers=2, hidden_size=16, n_heads=4, n_kv_heads=2, ffn_size=24, tied=True
+    )
+    made = dataclasses.replace(config, **over).build(dtype=dtype, param_dtype=dtype)
+    initialise(made, seed)
+    return made
+
+
+def batch(rows: int, length: int, vocab: int, *, seed: int = 0, packed: bool = True) -> Batch:
+    """Random tokens; packed: several documents a row and some ignored targets."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab, (rows, length + 1), generator=generator)
+    starts = torch.rand(rows, length, generator=generator) < (0.15 if packed else 0.0)
+    starts[:, 0] = True
+    place = torch.arange(length)
+    begun = torch.where(starts, place, 0).cummax(1).values
+    targets = tokens[:, 1:].clone()
+    targets[:, :-1][starts[:, 1:]] = -100
+    return Batch(
+        tokens_BT=tokens[:, :-1].contiguous(),
+        targets_BT=targets,
+        positions_BT=place - begun,
+        documents_BT=starts.cumsum(1) - 1,
+    )
