@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -60,7 +61,7 @@ def all_settings() -> str:
         for name, below in _tables_inside(cls):
             lines += [f"### `[{name}]`", "", _doc(below), "", *_table(below)]
     for slot, shelf in catalogue.SLOTS.items():
-        lines += [f"## Slot `{slot}`", "", f"{shelf.line[0].upper()}{shelf.line[1:]}.", ""]
+        lines += [f"## Slot `{slot}` {{ #slot-{slot} }}", "", f"{shelf.line[0].upper()}{shelf.line[1:]}.", ""]
         for name, part in shelf.parts.items():
             cls = catalogue.resolve(part.path)
             taken = " Taken when a recipe names none." if name == shelf.default else ""
@@ -83,17 +84,81 @@ def _doc(cls: type) -> str:
 
 
 def _table(cls: type) -> list[str]:
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     rows = [
-        f"| `{s.name}` | `{_cell(s.kind)}` | {f'`{_cell(s.default)}`' if s.default else ''} | {_cell(s.help)} |"
+        f"| `{s.name}` | {_kind(s.kind)} | {_default(s.default, defaults[s.name])} | {_cell(s.help)} |"
         for s in settings(cls)
     ]
     if not rows:
         return ["It has no settings.", ""]
-    return ["| setting | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""]
+    return ["| setting | value | default | meaning |", "| --- | --- | --- | --- |", *rows, ""]
+
+
+PLAIN = {
+    "PositiveInt": "int > 0",
+    "Positive": "int > 0",
+    "NonNegativeInt": "int >= 0",
+    "PositiveFloat": "float > 0",
+    "NonNegativeFloat": "float >= 0",
+    "Fraction": "0 to 1",
+    "Beta": "0 to 1",
+    "Sizes": "int, or one per block",
+    "str": "text",
+    "bool": "true, false",
+}
+"""What a person writes for a type of ours."""
+
+
+def _kind(kind: str) -> str:
+    """A field's annotation in the words of a recipe: parts link to their slot, alternatives are listed."""
+    kind = re.sub(r"\s*\|\s*None$", "", kind)
+    slot = re.search(r"Slot\('(\w+)'\)", kind)
+    if slot:
+        link = f"[{slot[1]}](#slot-{slot[1]})"
+        return f"list of {link}" if kind.startswith("Annotated[tuple") else link
+    literal = re.fullmatch(r"Literal\[(.*)\]", kind)
+    if literal:
+        return ", ".join(f"`{choice.strip()}`" for choice in literal[1].replace("'", '"').split(","))
+    many = re.fullmatch(r"tuple\[(.*), \.\.\.\]", kind)
+    if many:
+        return f"list of {_kind(many[1])}"
+    limited = re.fullmatch(r"Annotated\[(\w+), (.*)\]", kind)
+    if limited:
+        return f"{_kind(limited[1])} {_limits(limited[2])}"
+    fixed = re.fullmatch(r"tuple\[(.*)\]", kind)
+    if fixed:
+        return f"[{', '.join(_kind(item.strip()) for item in fixed[1].split(','))}]"
+    if kind[:1].isupper() and kind not in PLAIN:
+        return "a table"
+    return PLAIN.get(kind, kind)
+
+
+def _limits(text: str) -> str:
+    """'Gt(0)' as '> 0', 'Interval(ge=0, lt=1)' as '>= 0, < 1'."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = re.findall(r"(gt|ge|lt|le)(?:=|\()([-\w.]+)", text.lower())
+    return ", ".join(f"{signs[sign]} {number.replace('_', ' ')}" for sign, number in found)
+
+
+def _default(text: str, value: object) -> str:
+    """A default as it stands in a recipe; parts by their name."""
+    if text in ("", "required"):
+        return text
+    if dataclasses.is_dataclass(value):
+        name = catalogue.name_of(value)
+        return f'`"{name}"`' if name else "each as below"
+    if isinstance(value, tuple):
+        parts = [
+            _default("part", item) if dataclasses.is_dataclass(item) else f"`{json.dumps(item)}`" for item in value
+        ]
+        return f"[{', '.join(parts)}]" if parts else "`[]`"
+    return f"`{json.dumps(value)}`"
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    """On one line, with the pipes that would end the cell written as entities; a pipe in code does not end it."""
+    pieces = re.sub(r"\s+", " ", text).split("`")
+    return "`".join(piece if i % 2 else piece.replace("|", "&#124;") for i, piece in enumerate(pieces))
 
 
 def _tables_inside(cls: type) -> Iterator[tuple[str, type]]:
