@@ -198,7 +198,7 @@ class Frame:
     """What all blocks of one forward share."""
 
     rope: tuple[Tensor, Tensor] | None
-    """cos and sin, (B or 1, T, r / 2) float32; None without rotary positions."""
+    """cos and sin, (B or 1, T, r) float32; None without rotary positions."""
     reaches: dict[int | None, Reach]
     """By window."""
 

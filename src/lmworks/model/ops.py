@@ -190,16 +190,14 @@ class _SwiGLU(torch.autograd.Function):
 def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     """Rotary embedding: turns each pair (i, i + r/2) of the first r values of a head by its angle.
 
-    cos, sin: (B or 1, T, r/2) float32. Values beyond r pass through (partial rotary of GPT-NeoX).
+    cos, sin: (B or 1, T, r) float32 as `Rotary.tables` gives them, each angle twice and the first sine negated, so that
+    the turn is x cos + (x with its halves swapped) sin. Values beyond r pass through (partial rotary of GPT-NeoX).
     """
     cos, sin = cos_BTr[:, :, None], sin_BTr[:, :, None]
     if on_cpu(x_BTNh):
         result: Tensor = _Rotate.apply(x_BTNh, cos, sin)  # type: ignore[no-untyped-call]
         return result
-    half = cos.shape[-1]
-    first, second = _wide(x_BTNh[..., :half]), _wide(x_BTNh[..., half : 2 * half])
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BTNh.dtype)
-    return turned if 2 * half == x_BTNh.shape[-1] else torch.cat((turned, x_BTNh[..., 2 * half :]), -1)
+    return _turn(x_BTNh, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -218,12 +216,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` without a graph: the products are made in float32 and rounded once."""
-    half = cos.shape[-1]
-    wide = _wide(x)
-    out = torch.empty(x.shape, dtype=wide.dtype)
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    out[..., 2 * half :] = wide[..., 2 * half :]
-    return out.to(x.dtype)
+    """`rotate`: the products are made in float32 and rounded once."""
+    width = cos.shape[-1]
+    turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    wide = _wide(turned)
+    out = torch.addcmul(wide * cos, wide.roll(width // 2, -1), sin).to(x.dtype)
+    return out if rest is None else torch.cat((out, rest), -1)

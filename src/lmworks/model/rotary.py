@@ -43,9 +43,13 @@ class Rotary:
         return _stretch(frequency, self.scaling)
 
     def tables(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every angle: two (B, T, width / 2) float32 tensors."""
+        """cos and sin for `ops.rotate`: two (B, T, width) float32 tensors.
+
+        Every angle stands twice, in both halves; the sines of the first half are negated.
+        """
         angles = positions_BT[..., None].float() * self.frequencies(positions_BT.device)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def _stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:

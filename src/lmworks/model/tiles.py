@@ -1,6 +1,7 @@
 """Attention on a CPU, tile by tile: a block of queries against the keys it can see, and no others.
 
-Per tile: scores = q k^T, softmax, times v, as batched products over (row, group). The fused CPU kernel of PyTorch reaches
+Per tile: scores = q k^T, softmax, times v, as batched products over (row, group). Scores are float32 in bfloat16 models
+too: rounded to 8 bits, they would cost three digits of the gradient where logits are large. The fused CPU kernel of PyTorch reaches
 a third of the speed of such products at a few hundred keys (benchmarks/log.md). The probabilities are kept for the
 backward pass, (keys seen) values per query head and token; so longer reaches are left to the fused kernel.
 
@@ -50,6 +51,7 @@ def tiles_for(lowest_BT: Tensor, *, alike: bool, dtype: torch.dtype) -> tuple[Ti
     seen = sum((stop - start) * (stop - low[start]) for low in rows for start, stop in spans)
     if seen > MOST_KEYS * length * len(rows):
         return None
+    dtype = torch.promote_types(dtype, torch.float32)
     square = _triangle(TILE, dtype)
     tiles = []
     for row, low in enumerate(rows):
@@ -123,13 +125,14 @@ class _TileAttention(torch.autograd.Function):
         k_BGKh, v_BGKh = _rows(k_BTGh, groups), _rows(v_BTGh, groups)
         out_BTNh = torch.empty((batch, length, heads, head_dim), dtype=q_BTNh.dtype)
         grouped_out = out_BTNh.view(batch, length, groups, per_group, head_dim).permute(0, 2, 1, 3, 4)
+        wide_q_BGQh, wide_k_BGKh = ((x.float() if x.dtype.itemsize < 4 else x) for x in (q_BGQh, k_BGKh))
         kept = []
         for tile in tiles:
-            q, k, v = _cut(tile, per_group, q_BGQh, k_BGKh, v_BGKh)
-            scores = torch.bmm(q, k.transpose(1, 2))
+            wide_q, wide_k, v = _cut(tile, per_group, wide_q_BGQh, wide_k_BGKh, v_BGKh)
+            scores = torch.bmm(wide_q, wide_k.transpose(1, 2))
             shaped = scores.view(-1, tile.stop - tile.start, per_group, tile.stop - tile.first_key)
             shaped[..., tile.masked_from - tile.first_key :].add_(tile.mask)
-            weights = torch.softmax(scores, -1)
+            weights = torch.softmax(scores, -1).to(v.dtype)
             rows = slice(tile.first_row, tile.last_row)
             mixed = torch.bmm(weights, v).view(-1, groups, tile.stop - tile.start, per_group, head_dim)
             grouped_out[rows, :, tile.start : tile.stop].copy_(mixed)
