@@ -13,9 +13,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
+from hypothesis import settings
+
+settings.register_profile("lmworks", deadline=None, derandomize=True)  # a busy machine is no failure; a failure repeats
+settings.load_profile("lmworks")
 
 TIERS = {"ranks", "slow", "gpu"}
+
+
+# The same examples in every run; no deadline, because a busy machine is not a fault of the code.
+hypothesis.settings.register_profile("lmworks", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("lmworks")
 
 
 def pytest_configure(config: pytest.Config) -> None:
