@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lmworks.model import ops
 from lmworks.model.head import IGNORE, cross_entropy_each, cross_entropy_sum
 
 
@@ -74,3 +75,24 @@ def test_bfloat16_hidden_states_with_float32_weights() -> None:
     assert low.grad.dtype == torch.bfloat16
     torch.testing.assert_close(got, want, rtol=2e-2, atol=0.0)
     assert float((weight.grad - want_grad).norm() / want_grad.norm()) < 2e-2
+
+
+def test_plain_forms_give_the_second_derivative() -> None:
+    hidden, weight, targets = problem(5, 7, 3, 4)
+
+    def curvature(loss: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        (found,) = torch.autograd.grad(grad.square().sum(), hidden)
+        return found
+
+    want = curvature(F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum"))
+    with ops.plain_forms():
+        got = curvature(cross_entropy_sum(hidden, weight, targets, chunk=2))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_second_derivative_of_the_fast_form_is_refused_and_never_silently_zero() -> None:
+    hidden, weight, targets = problem(5, 7, 3, 4)
+    loss = cross_entropy_sum(hidden.tanh(), weight, targets)
+    with pytest.raises(RuntimeError, match="plain_forms"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

@@ -12,13 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lmworks.model import ops
 
 IGNORE = -100
 """A target that does not count, as in torch.nn.functional.cross_entropy."""
 
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
-"""float32 logits held at a time: on a CPU a chunk should stay in the last-level cache."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""float32 logits held at a time. Every chunk also adds to a gradient as large as the head, so chunks are not small."""
+LEAST_ROWS = 512
+"""Tokens of a chunk, however large the vocabulary."""
 
 
 def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -28,8 +33,19 @@ def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *
     CHUNK_BYTES). Exact in value and gradient: the same as the whole-tensor form up to the order of float additions.
     """
     rows = chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)
-    result: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, rows)
+    if not ops.own_forms():
+        return _plain_sum(hidden_ND, weight_VD, targets_N, rows)
+    result: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, rows)  # type: ignore[no-untyped-call]
     return result
+
+
+def _plain_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int) -> Tensor:
+    """The same sum in plain PyTorch, which can be differentiated again."""
+    total = torch.zeros((), dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    for at in _chunks(targets_N.shape[0], rows):
+        logits_CV = ops.linear(hidden_ND[at], weight_VD, None).to(total.dtype)
+        total = total + F.cross_entropy(logits_CV, targets_N[at], ignore_index=IGNORE, reduction="sum")
+    return total
 
 
 def cross_entropy_each(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -38,12 +54,14 @@ def cross_entropy_each(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, 
     with torch.no_grad():
         weight_VD = weight_VD.to(hidden_ND.dtype)
         for at in _chunks(targets_N.shape[0], chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)):
-            loss_C, _ = _chunk_loss(hidden_ND[at] @ weight_VD.t(), targets_N[at])
+            loss_C, _ = _chunk_loss(_logits(hidden_ND[at], weight_VD), targets_N[at])
             losses_N[at] = loss_C
     return losses_N
 
 
 class _CrossEntropySum(torch.autograd.Function):
+    """Gradients are made in the forward pass and only scaled in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -54,7 +72,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD) if need_weight else None
         for at in _chunks(targets_N.shape[0], rows):
             targets_C = targets_N[at]
-            loss_C, logits_CV = _chunk_loss(hidden_ND[at] @ weight.t(), targets_C)
+            loss_C, logits_CV = _chunk_loss(_logits(hidden_ND[at], weight), targets_C)
             total += loss_C.sum()
             if not (need_hidden or need_weight):
                 continue
@@ -67,6 +85,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @ops.first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (grad,) = grads
@@ -88,7 +107,16 @@ def _gradient_in_place(log_probs_CV: Tensor, targets_C: Tensor) -> Tensor:
     valid_C = targets_C != IGNORE
     grad_CV = log_probs_CV.exp_()
     grad_CV.scatter_add_(1, torch.where(valid_C, targets_C, 0)[:, None], -torch.ones_like(grad_CV[:, :1]))
+    if grad_CV.device.type == "cpu":  # few rows are ignored: no pass over all of them
+        return grad_CV.index_fill_(0, (~valid_C).nonzero()[:, 0], 0.0)
     return grad_CV.masked_fill_(~valid_C[:, None], 0.0)
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[C, V] in the precision of the hidden states."""
+    if hidden_CD.device.type == "cpu":
+        return ops.product(hidden_CD, weight_VD)
+    return hidden_CD @ weight_VD.t()
 
 
 def _add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
@@ -104,7 +132,7 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def _rows(vocab: int, device: str) -> int:
-    return max(64, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab))
+    return max(LEAST_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab))
 
 
 def _chunks(total: int, rows: int) -> list[slice]:

@@ -1,14 +1,15 @@
 """The arithmetic under the layers: one function per formula, exact against `tests/oracles`.
 
-Each formula stands once in plain PyTorch. On a CPU in training, where a pass over memory costs as much as the arithmetic,
-three of them have a second form with a hand-written gradient that makes fewer passes and keeps less
-(benchmarks/log.md); `torch.compile` and GPUs get the plain form.
+Each formula stands once in plain PyTorch. In eager mode on a CPU, where a pass over memory costs as much as arithmetic,
+most have a second form with a hand-written gradient that makes fewer passes and keeps less (benchmarks/log.md).
+`torch.compile`, GPUs and `plain_forms` get the plain form.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+ONEDNN: bool = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")  # type: ignore[no-untyped-call]
 """Whether oneDNN's float32 products can be asked for by name."""
 FFN_ROWS = 512
 """Rows of the feed-forward layer worked on at a time on a CPU, so that their widened form stays in cache."""
@@ -36,6 +37,18 @@ def plain_forms() -> Iterator[None]:
         yield
     finally:
         _plain.reset(token)
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A hand-written gradient that refuses to be differentiated again, instead of leaving terms out in silence."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("this gradient cannot be differentiated again: run the forward pass in ops.plain_forms()")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -62,7 +75,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T for two matrices on a CPU, without a graph.
 
-    In float32 oneDNN is asked by name: `x @ weight.t()` goes to MKL, which is slower on processors that are not Intel's.
+    In float32 oneDNN is asked by name: `x @ weight.t()` goes to MKL, which is slower here (benchmarks/log.md).
     """
     if ONEDNN and x.dtype == torch.float32:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -109,8 +122,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """Keeps x and one number per row.
 
-    The gradient is LayerNorm's with the mean set to 0, plus the term that LayerNorm's mean takes away: so PyTorch's fused
-    LayerNorm kernel does nearly all of it in one pass.
+    The gradient is LayerNorm's with the mean set to 0, plus the term that LayerNorm's mean takes away: so PyTorch's
+    fused LayerNorm kernel does nearly all of it in one pass.
     """
 
     @staticmethod
@@ -120,7 +133,8 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind)
         scale = norm.square_().div_(width).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        normed: Tensor = (x * scale).mul_(weight)
+        return normed.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -162,7 +176,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
         out_MD = x_MD.new_empty(x_MD.shape[0], down_DF.shape[0])
         kept: list[Tensor] = []
-        for x, out in zip(x_MD.split(FFN_ROWS), out_MD.split(FFN_ROWS), strict=True):
+        for x, out in zip(torch.split(x_MD, FFN_ROWS), torch.split(out_MD, FFN_ROWS), strict=True):
             gate, up = product(x, gate_FD), product(x, up_FD)
             out.copy_(product(F.silu(gate).mul_(up), down_DF))
             kept += (gate, up)
