@@ -109,9 +109,7 @@ def document_spans(first_BT: Tensor) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def boolean_mask(
-    new: int, keys: int, window: int | None, documents_BK: Tensor | None, device: torch.device
-) -> Tensor:
+def boolean_mask(new: int, keys: int, window: int | None, documents_BK: Tensor | None, device: torch.device) -> Tensor:
     """(B or 1, 1, T, K): True where query t, at place keys - new + t, sees key k."""
     place_T1 = torch.arange(keys - new, keys, device=device)[:, None]
     place_1K = torch.arange(keys, device=device)[None]
@@ -128,7 +126,7 @@ def _block_mask(
     batch: int, length: int, window: int | None, documents_BT: Tensor | None, device: torch.device
 ) -> BlockMask:
     """FlexAttention's block mask for a causal, possibly windowed and packed, square."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415  (GPU only)
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         allowed = k <= q
@@ -178,14 +176,14 @@ def _span_by_span(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, spans: tuple[S
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
     """FlexAttention, compiled once per process: without it, the full square is computed."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415  (GPU only)
 
     return torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, blocks: BlockMask, grouped: bool) -> Tensor:
     """FlexAttention; compiled on first use unless the whole model is being compiled already."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415  (GPU only)
 
     run: Callable[..., Tensor] = flex_attention
     if q_BNTh.device.type == "cuda" and not torch.compiler.is_compiling():

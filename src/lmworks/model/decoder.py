@@ -94,14 +94,14 @@ class DecoderConfig:
             windows=[self.sliding_window if index in windowed else None for index in range(self.n_layers)],
         )
         if self.sliding_window_blocks is not None and self.sliding_window is None:
-            problems.append(Problem(path="model.sliding_window_blocks", text="has no effect without sliding_window"))
+            problems.append(Problem(path="sliding_window_blocks", text="has no effect without sliding_window"))
         outside = [index for index in windowed if index >= self.n_layers]
         if outside:
             text = f"names block {outside[0]}; with n_layers = {self.n_layers} the last is {self.n_layers - 1}"
-            problems.append(Problem(path="model.sliding_window_blocks", text=text))
+            problems.append(Problem(path="sliding_window_blocks", text=text))
         if blocks[0].head_dim % 2:
             text = f"is {blocks[0].head_dim}; rotary positions turn pairs, so use {blocks[0].head_dim + 1}"
-            problems.append(Problem(path="model.head_dim", text=text))
+            problems.append(Problem(path="head_dim", text=text))
         return blocks, problems
 
     def check(self, recipe: object) -> Iterator[Problem]:
@@ -205,9 +205,11 @@ class Block(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         if self.parallel:
             mixed_BTD: Tensor = self.attn(self.attn_norm(x_BTD), frame, cache)
-            return x_BTD + mixed_BTD + self.ffn(self.ffn_norm(x_BTD))
+            side_by_side: Tensor = x_BTD + mixed_BTD + self.ffn(self.ffn_norm(x_BTD))
+            return side_by_side
         x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), frame, cache)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        one_by_one: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        return one_by_one
 
 
 class Decoder(Backbone):

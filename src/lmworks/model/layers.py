@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module is no more than its formula: an unchanged Linear that nobody listens to.
 
-    An adapter in its place, a hook or a parametrisation must be called, so layers that could be computed together are not.
+    An adapter in its place or a hook must be called; then layers that could be computed together are not.
     """
     hooks = (
         module._forward_hooks,

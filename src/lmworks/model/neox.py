@@ -88,7 +88,7 @@ class NeoXConfig:
         if width < 2 or width % 2:
             near = max(2, width - width % 2) / head_dim
             text = f"turns {width} of {head_dim} values per head; an even number is needed, for example {near:g}"
-            yield Problem(path="model.rotary_pct", text=text)
+            yield Problem(path="rotary_pct", text=text)
 
     def check(self, recipe: object) -> Iterator[Problem]:
         """What is wrong with the settings as a whole."""

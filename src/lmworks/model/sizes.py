@@ -70,7 +70,7 @@ def spread(value: PerBlock, n_layers: int, name: str, problems: list[Problem]) -
     if len(value) != n_layers:
         problems.append(
             Problem(
-                path=f"model.{name}",
+                path=f"{name}",
                 text=f"has {len(value)} entries for n_layers = {n_layers}; give one number, or one per block",
             )
         )
@@ -101,7 +101,7 @@ def block_sizes(
             below = max(g for g in range(1, groups[index] + 1) if heads[index] % g == 0)
             problems.append(
                 Problem(
-                    path="model.n_kv_heads",
+                    path="n_kv_heads",
                     text=f"block {index} has {heads[index]} query heads, which {groups[index]} key/value heads do not "
                     f"divide; the nearest number that does is {below}",
                 )
@@ -121,15 +121,13 @@ def block_sizes(
 def _default_head_dim(hidden_size: int, heads: tuple[int, ...], problems: list[Problem]) -> int:
     """hidden_size / n_heads, where that is a whole number and the same in every block."""
     if len(set(heads)) > 1:
-        problems.append(
-            Problem(path="model.head_dim", text="must be given when n_heads differs from block to block")
-        )
+        problems.append(Problem(path="head_dim", text="must be given when n_heads differs from block to block"))
         return hidden_size // max(heads)
     if heads and hidden_size % heads[0]:
         near = max(n for n in range(1, heads[0] + 1) if hidden_size % n == 0)
         problems.append(
             Problem(
-                path="model.n_heads",
+                path="n_heads",
                 text=f"{heads[0]} heads do not divide hidden_size = {hidden_size}; use {near} heads, or give head_dim",
             )
         )
@@ -151,7 +149,7 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
     """
     if config.vocab_size is None:
         raise RecipeError(
-            [Problem(path="model.vocab_size", text="is not known yet; give it, or let the tokenizer set it")],
+            [Problem(path="vocab_size", text="is not known yet; give it, or let the tokenizer set it")],
             source="the model's settings",
         )
     tables = {"embed.weight", "positions.weight"}
@@ -165,7 +163,9 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
             matrices += values
     if config.tied:
         matrices += config.vocab_size * config.hidden_size
-    attention = sum(4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in config.blocks())
+    attention = sum(
+        4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in config.blocks()
+    )
     saved = sum(config.saved_values_per_token(block) for block in config.blocks())
     cached = sum(2 * block.n_kv_heads * block.head_dim for block in config.blocks())
     return Cost(

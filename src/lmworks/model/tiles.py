@@ -1,9 +1,9 @@
 """Attention on a CPU, tile by tile: a block of queries against the keys it can see, and no others.
 
-Per tile: scores = q k^T, softmax, times v, as batched products over (row, group). Scores are float32 in bfloat16 models
-too: rounded to 8 bits, they would cost three digits of the gradient where logits are large. The fused CPU kernel of PyTorch reaches
-a third of the speed of such products at a few hundred keys (benchmarks/log.md). The probabilities are kept for the
-backward pass, (keys seen) values per query head and token; so longer reaches are left to the fused kernel.
+Per tile: scores = q k^T, softmax, times v, as batched products over (row, group). At a few hundred keys this is faster
+than PyTorch's fused kernel (benchmarks/log.md). The probabilities are kept for the backward pass, one value per query
+head, token and key seen; so longer reaches are left to the fused kernel. Scores are float32 in bfloat16 models too:
+rounded to 8 bits, they would lose most of the precision of the gradient where logits are large.
 
 Letters as in `decoder.py`, and X = B * G products in a batch, Q = T * R query rows per product, ordered (t, r).
 """
@@ -155,9 +155,7 @@ class _TileAttention(torch.autograd.Function):
             grad, dk, dv = _cut(tile, per_group, grad_BGQh, dk_BGKh, dv_BGKh)
             dq = _cut(tile, per_group, dq_BGQh, dk_BGKh, dv_BGKh)[0]
             dv.baddbmm_(weights.transpose(1, 2), grad)
-            d_scores = torch._softmax_backward_data(
-                torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype
-            )
+            d_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype)
             torch.mul(torch.bmm(d_scores, k), 1.0 / math.sqrt(head_dim), out=dq)
             dk.baddbmm_(d_scores.transpose(1, 2), q)
         return _tokens(dq_BGQh, length), _tokens(dk_BGKh, length), _tokens(dv_BGKh, length), None
