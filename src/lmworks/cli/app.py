@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from lmworks.cli import doctor, methods, quickstart, train
+from lmworks.cli import doctor, methods, quickstart, tokenizer, train
 from lmworks.core.errors import LmworksError
 
 VERBS = {
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
+app.add_typer(tokenizer.app, name="tokenizer")
 
 
 @app.callback(invoke_without_command=True)

@@ -22,12 +22,16 @@ class Finding:
     detail: str
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False) -> None:
+def doctor(
+    compile: Annotated[bool, typer.Option("--compile", help="Also compile a small function: up to a minute.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
+) -> None:
     """Say what is installed and try whether it works; exit 1 when something that must work does not.
 
     Example: lmworks doctor --json
     """
-    tried = [_try(name, check) for name, check in CHECKS.items()]
+    checks = {**CHECKS, "compile": _compile} if compile else CHECKS
+    tried = [_try(name, check) for name, check in checks.items()]
     rows = [[finding.what, finding.state, finding.detail] for finding in tried]
     answer([asdict(f) for f in tried], as_json=as_json, text=table(rows, header=["what", "state", "detail"]))
     if any(finding.state == "broken" for finding in tried):
@@ -102,13 +106,17 @@ def _training() -> str:
     return "forward, backward and an update lower the loss"
 
 
-def _compile() -> str:
+def _compiler() -> str:
     import shutil
-
-    import torch
 
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         raise _Absent("no C++ compiler: compile = true cannot work on the CPU (apt install g++)")
+    return "found; lmworks doctor --compile tries it"
+
+
+def _compile() -> str:
+    import torch
+
     start = time.perf_counter()
     torch.compile(lambda x: torch.nn.functional.silu(x) * x)(torch.randn(8))
     return f"torch.compile works ({time.perf_counter() - start:.1f} s for a small function)"
@@ -151,7 +159,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "products": _products,
     "gpu": _gpu,
     "training": _training,
-    "compile": _compile,
+    "C++ compiler": _compiler,
     "cache": _cache,
     "this folder": _here,
     "extra hf": _extra("transformers", "datasets"),

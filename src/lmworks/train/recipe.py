@@ -103,11 +103,6 @@ class Train:
             yield Problem(path="micro_batch_size", text=f"{micro} is more than batch_size {self.batch_size}")
         if self.samples.every is not None and not self.samples.prompts:
             yield Problem(path="samples.every", text="has no effect without samples.prompts")
-        for name in ("validation", "samples", "checkpoints"):
-            every = getattr(self, name).every
-            if every is not None and every > self.steps:
-                text = f"{every} has no effect in a run of {self.steps} steps; leave it out for 'only at the end'"
-                yield Problem(path=f"{name}.every", text=text)
         if self.validation.rows is not None and self.data.validation == 0:
             yield Problem(path="validation.rows", text="has no effect: data.validation is 0, no documents are held out")
 
