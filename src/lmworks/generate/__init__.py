@@ -1,0 +1,1 @@
+"""Floor 3: text from models: sampling, decoding with a cache, chat templates."""
