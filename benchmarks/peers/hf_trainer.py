@@ -80,9 +80,7 @@ def main() -> None:
             use_cpu=True,
             disable_tqdm=True,
         )
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=Rows(job), callbacks=[Marks(timeline, parameters)]
-        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=Rows(job), callbacks=[Marks(timeline, parameters)])
         try:
             trainer.train()
         except Enough:

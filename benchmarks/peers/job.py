@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def _busy_seconds() -> float:
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
-    user, nice, system, idle, iowait, irq, softirq, steal = (int(x) for x in stat.read_text().split("\n")[0].split()[1:9])
+    user, nice, system, idle, iowait, irq, softirq, steal = (
+        int(x) for x in stat.read_text().split("\n")[0].split()[1:9]
+    )
     del idle, iowait
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
@@ -131,6 +134,7 @@ class Timeline:
         self._facts = facts
         self._ends: list[float] = []
         self._load: OtherLoad | None = None
+        self._own = 0.0
         self._loaded_bytes = memory_bytes("VmRSS")
 
     def mark(self, **facts: Any) -> None:
@@ -138,7 +142,7 @@ class Timeline:
         self._ends.append(time.perf_counter())
         done = len(self._ends) - self._job.warmup
         if done == 0:
-            self._load = OtherLoad()
+            self._load, self._own = OtherLoad(), own_seconds()
         if done >= self._job.steps:
             self._write(facts)
             raise Enough
@@ -147,7 +151,8 @@ class Timeline:
         assert self._load is not None, "a job has warm-up steps"
         ends = self._ends[self._job.warmup - 1 :]
         result = {
-            "seconds": [after - before for before, after in zip(ends[:-1], ends[1:], strict=True)],
+            "seconds": [after - before for before, after in pairwise(ends)],
+            "cpu_seconds_per_step": (own_seconds() - self._own) / self._job.steps,
             "peak_memory_bytes": memory_bytes("VmHWM"),
             "memory_before_training_bytes": self._loaded_bytes,
             "other_load": self._load.read(),

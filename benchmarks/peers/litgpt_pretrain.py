@@ -46,7 +46,9 @@ class Data(DataModule):
         super().__init__()
         self._job, self._timeline = job, timeline
 
-    def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **unused: Any) -> None:
+    def connect(
+        self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **unused: Any
+    ) -> None:
         """The job has decided all of it."""
 
     def train_dataloader(self) -> DataLoader[Tensor]:

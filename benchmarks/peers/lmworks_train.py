@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def documents(job: Job) -> list[list[int]]:
     ids = rows.flatten().tolist()
     lengths = np.random.default_rng(job.seed).geometric(1 / MEAN_DOCUMENT, size=len(ids))
     cuts = [0, *(int(c) for c in np.cumsum(lengths) if c < len(ids)), len(ids)]
-    return [ids[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [ids[a:b] for a, b in pairwise(cuts)]
 
 
 def write_recipe(job: Job, folder: Path) -> Path:
