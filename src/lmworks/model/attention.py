@@ -73,7 +73,7 @@ def reach(
     if documents_BK is None and sees_all_before and cached == 0:
         return Reach(causal=True)
     if cached == 0 and device.type == "cuda" and new >= FLEX_FROM:
-        return Reach(blocks=_block_mask(batch, new, window, documents_BK, device))
+        return Reach(blocks=block_mask(batch, new, window, documents_BK, device))
     return Reach(mask=boolean_mask(new, keys, window, documents_BK, device))
 
 
@@ -122,7 +122,7 @@ def boolean_mask(new: int, keys: int, window: int | None, documents_BK: Tensor |
     return (seen & same)[:, None]
 
 
-def _block_mask(
+def block_mask(
     batch: int, length: int, window: int | None, documents_BT: Tensor | None, device: torch.device
 ) -> BlockMask:
     """FlexAttention's block mask for a causal, possibly windowed and packed, square."""
