@@ -115,6 +115,18 @@ def test_a_draw_has_rows() -> None:
         loader(SOURCES).draw(0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_pinned_batch_is_the_same_batch_on_the_gpu(prefetch: int) -> None:
+    pinned = loader(SOURCES, weights=WEIGHTS, prefetch=prefetch, pin=True)
+    plain = loader(SOURCES, weights=WEIGHTS)
+    for _ in range(4):
+        batch = pinned.draw(3)
+        assert batch.tokens_BT.is_pinned()
+        assert same(batch.to("cuda").to("cpu"), plain.draw(3))
+    pinned.close()
+
+
 def test_a_batch_splits_into_micro_batches() -> None:
     batch = loader(SOURCES).draw(7)
     parts = batch.split(3)

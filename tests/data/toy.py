@@ -61,6 +61,7 @@ def loader(
     seed: int = 0,
     share: tuple[int, int] = (0, 1),
     prefetch: int = 0,
+    pin: bool = False,
 ) -> Loader:
     """A loader over toy sources called a, b, c, ..."""
     names = [chr(ord("a") + i) for i in range(len(sources))]
@@ -69,4 +70,4 @@ def loader(
         for source, name in zip(sources, names, strict=True)
     ]
     mixture = Mixture(weights or [1.0] * len(sources))
-    return Loader(streams, mixture, identity(names, seed=seed, length=length), share=share, prefetch=prefetch)
+    return Loader(streams, mixture, identity(names, seed=seed, length=length), share=share, prefetch=prefetch, pin=pin)

@@ -190,14 +190,22 @@ class Prepared:
         """
         if self.identity.validation > 0 and not any(len(part) for part in self._held_out):
             raise _nothing_held_out(self.identity.validation, self.shards)
-        return Holdout(
-            self._held_out,
-            sequence_length=self.identity.sequence_length,
-            rows=rows,
-            batch_rows=batch_rows,
-            share=share,
-            piece_bytes=self._piece_bytes,
-        )
+        asked = (rows, batch_rows, share)
+        if asked not in self._holdouts:
+            self._holdouts[asked] = Holdout(
+                self._held_out,
+                sequence_length=self.identity.sequence_length,
+                rows=rows,
+                batch_rows=batch_rows,
+                share=share,
+                piece_bytes=self._piece_bytes,
+            )
+        return self._holdouts[asked]
+
+    @cached_property
+    def _holdouts(self) -> dict[tuple[int | None, int, tuple[int, int]], Holdout]:
+        """Those that were asked for: a run validates many times over the same rows."""
+        return {}
 
     @cached_property
     def _training(self) -> tuple[Documents, ...]:

@@ -87,9 +87,12 @@ def tokenise(
 
     def collect() -> None:
         records, future = running.popleft()
+        done = 0
         for record, ids in zip(records, future.result(), strict=True):
-            sink(ids, _n_bytes(record, tokenizer), content_hash(record))
-        clock.add(sum(_text_bytes(record) for record in records))
+            size = _n_bytes(record, tokenizer)
+            sink(ids, size, content_hash(record))
+            done += size
+        clock.add(done)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         for batch in _batches(reader, source, tally):
@@ -144,14 +147,10 @@ def _checked(part: Ids, record: Record, tokenizer: Tokenizer) -> NDArray[np.int6
     return ids
 
 
-def _text_bytes(record: Record) -> int:
-    return sum(len(part.text.encode("utf-8")) for part in record.content if isinstance(part, Text))
-
-
 def _n_bytes(record: Record, tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of a document; ids count as the text that they decode to."""
-    ids = [part.ids for part in record.content if isinstance(part, Ids)]
-    return _text_bytes(record) + sum(len(tokenizer.decode(part).encode("utf-8")) for part in ids)
+    texts = (part.text if isinstance(part, Text) else tokenizer.decode(part.ids) for part in record.content)
+    return sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
 
 
 @final
