@@ -71,7 +71,7 @@ def test_a_packed_document_is_the_document_alone(family: str) -> None:
     rows = tokens(2, 16)
     documents = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in lengths])
     positions = torch.stack([torch.cat([torch.arange(k) for k in n]) for n in lengths])
-    with torch.no_grad():
+    with torch.enable_grad():  # as in training
         packed = model(rows, positions_BT=positions, documents_BT=documents)
         with ops.plain_forms():
             plain = model(rows, positions_BT=positions, documents_BT=documents)

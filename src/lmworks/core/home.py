@@ -12,3 +12,8 @@ def home() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmworks"
+
+
+def models_folder() -> Path:
+    """Where `lmworks fetch` puts models; a name below it is as good as a path."""
+    return home() / "models"

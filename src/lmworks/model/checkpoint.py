@@ -25,6 +25,7 @@ from torch import Tensor
 from lmworks.core import files, recipe
 from lmworks.core.cost import Cost
 from lmworks.core.errors import CheckpointError, did_you_mean
+from lmworks.core.home import models_folder
 from lmworks.model import hf
 from lmworks.model.backbone import Backbone
 from lmworks.model.sizes import Shape
@@ -88,9 +89,12 @@ class Located:
 
 
 def locate(path: Path) -> Located:
-    """What lies at a path. Raises CheckpointError when it is no model, or a run without a complete checkpoint."""
+    """What lies at a path, or below lmworks' own folder of fetched models. Raises CheckpointError for no model."""
+    if not path.exists() and (models_folder() / path).is_dir():
+        path = models_folder() / path
     if not path.is_dir():
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = [folder for folder in (path.parent, models_folder()) if folder.is_dir()]
+        beside = [p.name for folder in near for p in folder.iterdir() if p.is_dir()]
         hint = did_you_mean(path.name, beside)
         raise CheckpointError(f"there is no such folder{hint}", where=str(path), legal=_LEGAL)
     if (path / "config.json").is_file():
@@ -109,7 +113,10 @@ def locate(path: Path) -> Located:
     raise CheckpointError("holds no model", where=str(path), legal=_LEGAL)
 
 
-_LEGAL = "a run folder (recipe.toml), a checkpoint of a run (checkpoints/step-...), a Hugging Face folder (config.json)"
+_LEGAL = (
+    "a run folder (recipe.toml), a checkpoint of a run (checkpoints/step-...), a Hugging Face folder (config.json), "
+    "the name of a fetched model"
+)
 
 
 def load(
