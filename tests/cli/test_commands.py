@@ -116,7 +116,9 @@ def test_train_ends_with_the_run_folder_and_goes_on_when_asked_again(lmworks, tm
 
 def test_a_new_tokenizer_is_trained_and_shown(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     text = toy.corpus(tmp_path / "text")
-    made = json.loads(lmworks("tokenizer", "train", str(text / "*.txt"), "--vocab-size", "300", "--out", "tok", "--json").out)
+    made = json.loads(
+        lmworks("tokenizer", "train", str(text / "*.txt"), "--vocab-size", "300", "--out", "tok", "--json").out
+    )
     assert made["vocab_size"] <= 300
     shown = json.loads(lmworks("tokenizer", "show", "tok", "--text", "line 0", "--json").out)
     assert "".join(shown["pieces"]) == "line 0"
@@ -132,7 +134,7 @@ def test_the_doctor_finds_training_in_order(lmworks) -> None:  # type: ignore[no
 
 @pytest.mark.slow
 def test_help_is_there_before_a_person_wonders() -> None:
-    """The bar is 0.3 s on a quiet machine (benchmarks/help_time.py measures it); this only catches an import of torch."""
+    """The bar is 0.3 s on a quiet machine (benchmarks/start_up.py); this only catches an import of torch."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "lmworks", "--help"], check=True, capture_output=True)
     assert time.perf_counter() - start < 5.0

@@ -77,7 +77,9 @@ def test_events_have_one_schema(tmp_path: Path) -> None:
         attrs["found"] = 1
     events.flush()
     point, work = rows(tmp_path / "events.jsonl")
-    assert set(point) == set(work) == {"run", "step", "rank", "axes", "stream", "name", "start", "end", "bytes", "attrs"}
+    assert (
+        set(point) == set(work) == {"run", "step", "rank", "axes", "stream", "name", "start", "end", "bytes", "attrs"}
+    )
     assert point["start"] == point["end"]
     assert work["end"] >= work["start"]
     assert work["attrs"] == {"found": 1}

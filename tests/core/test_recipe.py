@@ -126,7 +126,9 @@ def test_dump_then_decode_is_the_identity(
 
 
 def test_sets_go_through_the_same_decoder() -> None:
-    table = recipes.apply_sets(SMALL, ["optimizer.lr=2e-3", "data.readers.0.weight=2.0", "schedule.use=linear", "steps=20"])
+    table = recipes.apply_sets(
+        SMALL, ["optimizer.lr=2e-3", "data.readers.0.weight=2.0", "schedule.use=linear", "steps=20"]
+    )
     recipe = recipes.decode(table)
     assert recipe.optimizer.lr == 2e-3
     assert recipe.data.readers[0].weight == 2.0
@@ -135,7 +137,9 @@ def test_sets_go_through_the_same_decoder() -> None:
 
 
 def test_setting_another_part_drops_the_settings_of_the_old_one() -> None:
-    table = recipes.apply_sets({**SMALL, "optimizer": {"use": "adamw", "lr": 1e-3, "eps": 1e-6}}, ["optimizer.use=lion", "optimizer.lr=1e-4"])
+    table = recipes.apply_sets(
+        {**SMALL, "optimizer": {"use": "adamw", "lr": 1e-3, "eps": 1e-6}}, ["optimizer.use=lion", "optimizer.lr=1e-4"]
+    )
     assert table["optimizer"] == {"use": "lion", "lr": 1e-4}
 
 
@@ -146,16 +150,24 @@ def test_a_bad_set_is_refused(item: str) -> None:
 
 
 def test_a_base_is_one_level_and_merged_by_key(tmp_path: Path) -> None:
-    (tmp_path / "base.toml").write_text('do = "train"\nsteps = 5\noptimizer = { use = "adamw", lr = 1.0, eps = 1e-6 }\n')
+    (tmp_path / "base.toml").write_text(
+        'do = "train"\nsteps = 5\noptimizer = { use = "adamw", lr = 1.0, eps = 1e-6 }\n'
+    )
     (tmp_path / "over.toml").write_text('base = "base.toml"\noptimizer = { lr = 2.0 }\n')
-    assert recipes.read(tmp_path / "over.toml") == {"do": "train", "steps": 5, "optimizer": {"use": "adamw", "lr": 2.0, "eps": 1e-6}}
+    assert recipes.read(tmp_path / "over.toml") == {
+        "do": "train",
+        "steps": 5,
+        "optimizer": {"use": "adamw", "lr": 2.0, "eps": 1e-6},
+    }
     (tmp_path / "third.toml").write_text('base = "over.toml"\n')
     with pytest.raises(RecipeError, match="one level"):
         recipes.read(tmp_path / "third.toml")
 
 
 def test_another_part_replaces_the_table_of_the_base() -> None:
-    merged = recipes.merge({"optimizer": {"use": "adamw", "lr": 1.0, "eps": 1e-6}}, {"optimizer": {"use": "lion", "lr": 0.1}})
+    merged = recipes.merge(
+        {"optimizer": {"use": "adamw", "lr": 1.0, "eps": 1e-6}}, {"optimizer": {"use": "lion", "lr": 0.1}}
+    )
     assert merged == {"optimizer": {"use": "lion", "lr": 0.1}}
 
 
@@ -173,7 +185,10 @@ def test_a_missing_recipe_lists_the_shipped_ones() -> None:
 
 
 def test_differences_are_found_by_path() -> None:
-    assert recipes.differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == {"b.c": (2, 3), "d": (None, 4)}
+    assert recipes.differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == {
+        "b.c": (2, 3),
+        "d": (None, 4),
+    }
 
 
 def test_a_size_is_merged_under_the_table() -> None:

@@ -13,7 +13,9 @@ from lmworks.model import ops
 from lmworks.model.head import IGNORE, cross_entropy_each, cross_entropy_sum
 
 
-def problem(tokens: int, vocab: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    tokens: int, vocab: int, width: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(vocab, width, generator=generator, dtype=dtype).requires_grad_()
@@ -22,7 +24,13 @@ def problem(tokens: int, vocab: int, width: int, seed: int, dtype: torch.dtype =
     return hidden, weight, targets
 
 
-@given(tokens=st.integers(1, 9), vocab=st.integers(2, 11), width=st.integers(1, 5), chunk=st.integers(1, 12), seed=st.integers(0, 99))
+@given(
+    tokens=st.integers(1, 9),
+    vocab=st.integers(2, 11),
+    width=st.integers(1, 5),
+    chunk=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
 def test_equal_to_torch_in_value_and_gradient(tokens: int, vocab: int, width: int, chunk: int, seed: int) -> None:
     hidden, weight, targets = problem(tokens, vocab, width, seed)
     want = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")

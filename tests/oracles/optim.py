@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def adamw(w: Tensor, grads: Sequence[Tensor], *, lr: float, betas: tuple[float, float], eps: float, wd: float) -> Tensor:
+def adamw(
+    w: Tensor, grads: Sequence[Tensor], *, lr: float, betas: tuple[float, float], eps: float, wd: float
+) -> Tensor:
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for t, g in enumerate(grads, start=1):
         m = betas[0] * m + (1 - betas[0]) * g

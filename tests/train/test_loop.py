@@ -58,7 +58,9 @@ def stopped(made: Any, path: Path, step: int, number: signal.Signals = signal.SI
 
 
 def test_a_run_folder_is_complete(text: Path, cache: Path, tmp_path: Path) -> None:
-    made = toy.recipe(text, cache, sinks=["tensorboard"], samples={"prompts": ["line "], "tokens": 8}, validation={"every": 6})
+    made = toy.recipe(
+        text, cache, sinks=["tensorboard"], samples={"prompts": ["line "], "tokens": 8}, validation={"every": 6}
+    )
     folder, report = toy.train(made, tmp_path / "run")
     names = {p.name for p in folder.path.iterdir()}
     assert names == {
@@ -156,13 +158,17 @@ def test_resume_never_starts_a_new_run_beside(text: Path, cache: Path, tmp_path:
 def test_a_folder_of_another_recipe_is_refused_and_says_what_differs(text: Path, cache: Path, tmp_path: Path) -> None:
     toy.train(toy.recipe(text, cache, steps=2, checkpoints={}), tmp_path / "run")
     with pytest.raises(UsageError, match=r"optimizer\.lr: now 0\.5, there 0\.01"):
-        toy.train(toy.recipe(text, cache, steps=2, checkpoints={}, optimizer={"use": "adamw", "lr": 0.5}), tmp_path / "run")
+        toy.train(
+            toy.recipe(text, cache, steps=2, checkpoints={}, optimizer={"use": "adamw", "lr": 0.5}), tmp_path / "run"
+        )
 
 
 def test_cadences_may_change_when_a_run_goes_on(text: Path, cache: Path, tmp_path: Path) -> None:
     whole, _ = toy.train(toy.recipe(text, cache), tmp_path / "whole")
     stopped(toy.recipe(text, cache), tmp_path / "run", 5)
-    folder, _ = toy.train(toy.recipe(text, cache, checkpoints={"every": 2}, samples={"prompts": ["x"]}), tmp_path / "run")
+    folder, _ = toy.train(
+        toy.recipe(text, cache, checkpoints={"every": 2}, samples={"prompts": ["x"]}), tmp_path / "run"
+    )
     assert learned(folder) == learned(whole)
 
 
@@ -185,7 +191,11 @@ def test_a_checkpoint_of_another_model_is_refused(text: Path, cache: Path, tmp_p
     toy.train(toy.recipe(text, cache), tmp_path / "small")
     model = {"use": "decoder", "n_layers": 3, "hidden_size": 32, "n_heads": 2, "n_kv_heads": 1, "ffn_size": 48}
     with pytest.raises(CheckpointError, match="another model"):
-        toy.train(toy.recipe(text, cache, model=model), tmp_path / "large", resume=str(tmp_path / "small/checkpoints/step-00000012"))
+        toy.train(
+            toy.recipe(text, cache, model=model),
+            tmp_path / "large",
+            resume=str(tmp_path / "small/checkpoints/step-00000012"),
+        )
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(text: Path, cache: Path, tmp_path: Path) -> None:
@@ -206,7 +216,9 @@ def test_a_vocabulary_that_contradicts_the_tokenizer_is_refused(text: Path, cach
     model = {"use": "decoder", "n_layers": 1, "hidden_size": 32, "n_heads": 2, "ffn_size": 48}
     with pytest.raises(RecipeError, match="the tokenizer has 257 tokens"):
         toy.train(toy.recipe(text, cache, model={**model, "vocab_size": 300}), tmp_path / "run")
-    folder, _ = toy.train(toy.recipe(text, cache, steps=2, checkpoints={}, model={**model, "vocab_size": 320}), tmp_path / "run")
+    folder, _ = toy.train(
+        toy.recipe(text, cache, steps=2, checkpoints={}, model={**model, "vocab_size": 320}), tmp_path / "run"
+    )
     assert weights(folder)["embed.weight"].shape[0] == 320
 
 
@@ -232,7 +244,9 @@ def test_recompute_gives_the_same_losses(text: Path, cache: Path, tmp_path: Path
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(text: Path, cache: Path, tmp_path: Path) -> None:
-    made = toy.recipe(text, cache, optimizer={"use": "sgd", "lr": 1e18}, gradient=[], schedule="constant", checkpoints={"every": 1})
+    made = toy.recipe(
+        text, cache, optimizer={"use": "sgd", "lr": 1e18}, gradient=[], schedule="constant", checkpoints={"every": 1}
+    )
     with pytest.raises(LmworksError, match="not made"):
         toy.train(made, tmp_path / "run")
     assert save.complete(tmp_path / "run" / "checkpoints")

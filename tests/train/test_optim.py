@@ -32,7 +32,10 @@ def toy(seed: int = 0) -> Toy:
 
 def gradients(model: nn.Module, steps: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
-    return [{n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()} for _ in range(steps)]
+    return [
+        {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
+        for _ in range(steps)
+    ]
 
 
 def run(model: nn.Module, update: Update, grads: list[dict[str, Tensor]]) -> None:
@@ -84,7 +87,7 @@ def test_muon_moves_hidden_matrices_along_nearly_orthogonal_directions() -> None
     run(model, update, gradients(model, 1))
     moved = (before - model.blocks["0"].weight.detach()) / (0.1 * 0.2 * 6**0.5)
     singular = torch.linalg.svdvals(moved)
-    assert 0.6 < float(singular.min())
+    assert float(singular.min()) > 0.6
     assert float(singular.max()) < 1.4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def test_warm_up_rises_to_one_and_the_rest_never_rises(steps: int, share: float)
         assert all(0.0 <= f <= 1.0 for f in factors)
         assert factors[:warmup] == pytest.approx([(i + 1) / warmup for i in range(warmup)])
         rest = factors[warmup:]
-        assert all(later <= earlier + 1e-12 for earlier, later in zip(rest, rest[1:], strict=False))
+        assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rest))
 
 
 @given(steps=st.integers(3, 400), floor=st.floats(0, 1))

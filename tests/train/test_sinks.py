@@ -63,7 +63,10 @@ def test_mlflow_gets_every_number(tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="the extra 'trackers' is not installed")
     write(MLflow(experiment="e", uri=f"sqlite:///{tmp_path}/ml.db").open(RunFolder(tmp_path), {}, step=0))
     with sqlite3.connect(tmp_path / "ml.db") as base:
-        assert base.execute("select step, value from metrics where key = 'loss' order by step").fetchall() == [(1, 3.0), (2, 2.5)]
+        assert base.execute("select step, value from metrics where key = 'loss' order by step").fetchall() == [
+            (1, 3.0),
+            (2, 2.5),
+        ]
 
 
 @pytest.mark.slow

@@ -42,7 +42,9 @@ class Given:
         self.drawn = [0] * state["drawn"]
 
 
-def step_on(model: Backbone, batches: list[Batch], *, micro: int = 99, selector: Selector | None = None, clip: float = 1.0) -> Step:
+def step_on(
+    model: Backbone, batches: list[Batch], *, micro: int = 99, selector: Selector | None = None, clip: float = 1.0
+) -> Step:
     objective = CrossEntropy()
     return Step(
         model=model,

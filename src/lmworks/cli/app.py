@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 stopped and resumable, 4 the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
 from lmworks.cli import doctor, methods, quickstart, tokenizer, train
 from lmworks.core.errors import LmworksError
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
     "train": train.train,
     "doctor": doctor.doctor,

@@ -26,7 +26,10 @@ def answer(value: Any, *, as_json: bool, text: str) -> None:
 def table(rows: list[list[str]], *, header: list[str]) -> str:
     """A plain text table, columns as wide as their longest cell."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -63,7 +66,9 @@ class Reporter:
         else:
             say(text)
 
-    def preparing(self, *, stage: str, done: int, total: int | None, unit: str, seconds_left: float | None = None) -> None:
+    def preparing(
+        self, *, stage: str, done: int, total: int | None, unit: str, seconds_left: float | None = None
+    ) -> None:
         """How far the documents are; at most once a second."""
         finished = total is not None and done >= total
         if time.monotonic() - self._said < 1.0 and not finished:
@@ -108,7 +113,9 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end()
 
 

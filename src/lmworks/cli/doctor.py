@@ -56,7 +56,9 @@ def _python() -> str:
 
     found, machine = versions(), hardware()
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    return f"Python {found['python']}, torch {found['torch']}, {machine['cores']} cores, {memory}, {machine['processor']}"
+    return (
+        f"Python {found['python']}, torch {found['torch']}, {machine['cores']} cores, {memory}, {machine['processor']}"
+    )
 
 
 def _products() -> str:
@@ -65,7 +67,10 @@ def _products() -> str:
     from lmworks.train.rate import bf16_is_fast, peak_flops
 
     cpu = torch.device("cpu")
-    rates = [f"{name} {count(peak_flops(cpu, dtype)[0])}FLOP/s" for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))]
+    rates = [
+        f"{name} {count(peak_flops(cpu, dtype)[0])}FLOP/s"
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ]
     return f"{', '.join(rates)}; precision = 'auto' takes {'bf16' if bf16_is_fast(cpu) else 'fp32'}"
 
 
@@ -92,14 +97,13 @@ def _training() -> str:
     model = config.build()
     initialise(model, 0)
     tokens_BT = torch.arange(16)[None]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
     for _ in range(2):
         loss = cross_entropy_sum(model(tokens_BT)[0], model.head_weight(), tokens_BT[0])
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 0.01 * parameter.grad
-                parameter.grad = None
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     if not losses[1] < losses[0]:
         raise RuntimeError(f"the loss went from {losses[0]} to {losses[1]}")

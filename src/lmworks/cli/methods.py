@@ -31,7 +31,11 @@ def methods(
     ]
     rows = [[str(row["slot"]), f"{row['name']}{' *' if row['default'] else ''}", str(row["line"])] for row in listed]
     text = table(rows, header=["slot", "part", "what it is"])
-    answer(listed, as_json=as_json, text=f"{text}\n\n* taken when a recipe names none.  lmworks methods NAME shows the settings.")
+    answer(
+        listed,
+        as_json=as_json,
+        text=f"{text}\n\n* taken when a recipe names none.  lmworks methods NAME shows the settings.",
+    )
 
 
 def _show(name: str, slot: str | None, *, as_json: bool) -> None:
@@ -42,7 +46,9 @@ def _show(name: str, slot: str | None, *, as_json: bool) -> None:
     places = [key for key, shelf in catalogue.SLOTS.items() if name in shelf.parts and slot in (None, key)]
     if not places:
         known = [part for shelf in catalogue.SLOTS.values() for part in shelf.parts]
-        raise UsageError(f"no part is called '{name}'{did_you_mean(name, known)}", next_step="lmworks methods lists them")
+        raise UsageError(
+            f"no part is called '{name}'{did_you_mean(name, known)}", next_step="lmworks methods lists them"
+        )
     part = catalogue.SLOTS[places[0]].parts[name]
     cls = catalogue.resolve(part.path)
     found = settings(cls)

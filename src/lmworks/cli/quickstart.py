@@ -21,14 +21,18 @@ PROMPT = "def read_"
 
 
 def quickstart(
-    run: Annotated[Path, typer.Option("--run", help="The run folder; must not hold a run yet.")] = Path("runs/quickstart"),
+    run: Annotated[Path, typer.Option("--run", help="The run folder; must not hold a run yet.")] = Path(
+        "runs/quickstart"
+    ),
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting of the recipe.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Delete an earlier quickstart run in that folder first.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Delete an earlier quickstart run in that folder first.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
 ) -> None:
-    """Train a small model on text that is on every machine, kill it, resume it bitwise, sample, export, prove the export.
+    """Train a small model on text that is on every machine, kill it, resume it, sample, export, prove the export.
 
     Example: lmworks quickstart --run runs/first
     """
@@ -39,7 +43,9 @@ def quickstart(
     _plan(set_ or [])
     say("\n1. Train. This process will be killed half-way, without warning (SIGKILL).")
     seen = _train_until_killed(command, folder)
-    say(f"\n2. Killed at step {seen.step}; the newest checkpoint is of step {seen.checkpoint}. Run the same command again.")
+    say(
+        f"\n2. Killed at step {seen.step}; the newest checkpoint is of step {seen.checkpoint}. The same command goes on."
+    )
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     same = seen.compare(folder)
     say(f"   {same} steps ran twice, before the kill and after the resume: their losses are equal to the last bit.")
@@ -61,7 +67,9 @@ def _free(run: Path, *, again: bool) -> Any:
     if folder.exists() and again:
         shutil.rmtree(run)
     if run.exists() and any(run.iterdir()):
-        raise UsageError("is not empty", where=str(run), next_step="--again deletes it first, --run DIR takes another folder")
+        raise UsageError(
+            "is not empty", where=str(run), next_step="--again deletes it first, --run DIR takes another folder"
+        )
     return folder
 
 
@@ -71,7 +79,9 @@ def _plan(sets: list[str]) -> None:
 
     recipe = recipes.load(RECIPE, verb="train", sets=sets)
     tokens = recipe.steps * recipe.batch_size * recipe.data.sequence_length
-    say(f"Plan: {recipe.steps} steps of {recipe.batch_size} x {recipe.data.sequence_length} tokens = {count(tokens)} tokens")
+    say(
+        f"Plan: {recipe.steps} steps of {recipe.batch_size} x {recipe.data.sequence_length} tokens = {count(tokens)} tokens"
+    )
     say("      of the Python standard library's own sources and documents, with a tokenizer trained on them.")
 
 

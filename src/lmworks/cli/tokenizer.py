@@ -10,7 +10,7 @@ import typer
 from lmworks.cli.console import Reporter, answer, count
 
 app = typer.Typer(
-    help="Train a tokenizer on text, or look at one.\n\nExample: lmworks tokenizer train notes/*.txt --vocab-size 4096 --out tok",
+    help="Train a tokenizer on text, or look at one.\n\nExample: lmworks tokenizer train --vocab-size 4096 --out tok",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -22,7 +22,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 @app.command("train")
 def train(
     out: Annotated[Path, typer.Option(help="Folder for tokenizer.json and its config.")],
-    files: Annotated[list[str] | None, typer.Argument(help="Text files; none: the Python standard library's own text.")] = None,
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Text files; none: the Python standard library's own text.")
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens, with 256 bytes and one special token among them.")] = 8192,
     split_digits: Annotated[bool, typer.Option("--split-digits", help="Every digit a token of its own.")] = False,
     as_json: AsJson = False,
@@ -38,7 +40,9 @@ def train(
         raise UsageError("is not empty", where=str(out), next_step="--out takes a new folder")
     reader: dict[str, Any] = {"use": "text", "paths": list(files)} if files else {"use": "python-stdlib"}
     settings = {"use": "bpe", "vocab_size": vocab_size, "split_digits": split_digits}
-    data = decode_part("source", {"readers": [reader], "tokenizer": settings, "sequence_length": 1}, source="tokenizer train")
+    data = decode_part(
+        "source", {"readers": [reader], "tokenizer": settings, "sequence_length": 1}, source="tokenizer train"
+    )
     made = data.make_tokenizer(progress=Reporter().preparing)
     made.save(out)
     found = {"folder": str(out), "vocab_size": made.vocab_size, "id": made.id}

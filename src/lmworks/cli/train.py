@@ -10,15 +10,21 @@ import typer
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (quickstart).")],
-    run: Annotated[Path | None, typer.Option("--run", help="The run folder. Default: runs/<name of the recipe>.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="The run folder. Default: runs/<name of the recipe>.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; may be given many times.")
     ] = None,
     resume: Annotated[
         str,
-        typer.Option(help="auto: go on with the run in the folder; never: start a new one beside it; or a checkpoint folder."),
+        typer.Option(
+            help="auto: go on with the run in the folder; never: start a new one beside it; or a checkpoint folder."
+        ),
     ] = "auto",
-    check: Annotated[bool, typer.Option("--check", help="Decode the recipe, print it with every default, run nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Decode the recipe, print it with every default, run nothing.")
+    ] = False,
 ) -> None:
     """Train a model from a recipe; the same command goes on after a kill.
 

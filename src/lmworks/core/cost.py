@@ -16,7 +16,7 @@ class Cost:
     parameters: int
     """Trainable values; a tied head is counted once."""
     embedding_parameters: int = 0
-    """The part of `parameters` that is only looked up (token and position tables; 0 for a tied token table's head use)."""
+    """The part of `parameters` that is only looked up: token and position tables."""
     forward_flops_per_token: float = 0.0
     """FLOPs of one forward pass per token, head included, causal attention counted at half of the square."""
     activation_bytes_per_token: float = 0.0

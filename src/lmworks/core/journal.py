@@ -56,7 +56,10 @@ def _line(row: dict[str, Any]) -> str:
     try:
         return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError:
-        safe = {k: str(v) if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v for k, v in row.items()}
+        safe = {
+            k: str(v) if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v
+            for k, v in row.items()
+        }
         return json.dumps(safe, ensure_ascii=False) + "\n"
 
 

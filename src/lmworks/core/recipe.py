@@ -96,7 +96,11 @@ def merge(under: Table, over: Table) -> Table:
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and value.get("use", below.get("use")) == below.get("use"):
+        if (
+            isinstance(value, dict)
+            and isinstance(below, dict)
+            and value.get("use", below.get("use")) == below.get("use")
+        ):
             merged[key] = merge(below, value)
         else:
             merged[key] = value
@@ -169,7 +173,11 @@ def decode(table: Table, *, verb: str | None = None, source: str = "recipe") -> 
     """
     do = table.get("do")
     if not isinstance(do, str) or do not in catalogue.VERBS:
-        what = "is missing" if do is None else f"'{do}' is not a verb that runs a recipe{did_you_mean(str(do), catalogue.VERBS)}"
+        what = (
+            "is missing"
+            if do is None
+            else f"'{do}' is not a verb that runs a recipe{did_you_mean(str(do), catalogue.VERBS)}"
+        )
         raise RecipeError([Problem(path="do", text=f"{what} Legal: {', '.join(catalogue.VERBS)}")], source=source)
     if verb is not None and do != verb:
         text = f"this recipe is for '{do}', not for '{verb}': run  lmworks {do} {source}"

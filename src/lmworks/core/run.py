@@ -1,13 +1,13 @@
 """A run: one folder with everything that was decided, seen and made.
 
-    recipe.toml     the resolved recipe; it runs again as it is
-    record.json     what made these bytes: hashes of recipe, code, data, tokenizer, parent; versions, hardware
-    events.jsonl    the one event schema
-    metrics.jsonl   one object a step, and one a validation
-    summary.json    final values, wall time, peak memory
-    tokenizer/      tokenizer.json and its config
-    checkpoints/    step-00000100/ ...
-    tensorboard/    curves.png    samples.jsonl
+recipe.toml     the resolved recipe; it runs again as it is
+record.json     what made these bytes: hashes of recipe, code, data, tokenizer, parent; versions, hardware
+events.jsonl    the one event schema
+metrics.jsonl   one object a step, and one a validation
+summary.json    final values, wall time, peak memory
+tokenizer/      tokenizer.json and its config
+checkpoints/    step-00000100/ ...
+tensorboard/    curves.png    samples.jsonl
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def _git(package: Path) -> dict[str, Any]:
     try:
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=True, timeout=10)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

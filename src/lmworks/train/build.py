@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.seeds import seed_for
 from lmworks.data.packed import Prepared
+from lmworks.model.backbone import Backbone
 from lmworks.model.init import initialise
 from lmworks.model.pretrained import Pretrained
 from lmworks.train.rate import bf16_is_fast
@@ -30,7 +30,7 @@ class Built:
 
     recipe: Train
     prepared: Prepared
-    model: nn.Module
+    model: Backbone
     step: Step
     cost: Cost
     device: torch.device
@@ -43,19 +43,20 @@ def settle(recipe: Train) -> Train:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError([Problem(path="device", text="'cuda' was asked for, but torch sees no GPU here. Legal: cpu, auto")])
+        raise RecipeError(
+            [Problem(path="device", text="'cuda' was asked for, but torch sees no GPU here. Legal: cpu, auto")]
+        )
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
     return dataclasses.replace(recipe, device=device, precision=precision)
 
 
-def build(
-    recipe: Train, *, resume: dict[str, Any] | None = None, progress: Callable[..., None] | None = None
-) -> Built:
+def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Callable[..., None] | None = None) -> Built:
     """Prepare the data, build and initialise the model, wire the step. `recipe` must be settled.
 
-    `resume` is the source's state in the checkpoint that is to go on: changed documents are refused before anything is made.
+    `resume` is the source's state in the checkpoint that is to go on: changed documents are refused before anything
+    is made.
     """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -18,7 +18,7 @@ from lmworks.train.build import Built, build, settle
 from lmworks.train.curves import draw
 from lmworks.train.rate import memory_bytes, peak_flops, peak_memory_bytes
 from lmworks.train.recipe import MAY_DIFFER, Train
-from lmworks.train.samples import Sampler
+from lmworks.train.samples import sample
 from lmworks.train.sinks import Row, Writer
 from lmworks.train.slots import StepRecord, Watcher
 from lmworks.train.stop import StopRequest
@@ -32,8 +32,10 @@ class Reporter(Protocol):
         """A sentence for people."""
         ...
 
-    def preparing(self, **facts: Any) -> None:
-        """Data is being tokenised."""
+    def preparing(
+        self, *, stage: str, done: int, total: int | None, unit: str, seconds_left: float | None = None
+    ) -> None:
+        """How far the documents are on their way to tokens."""
         ...
 
     def begin(self, step: int, steps: int) -> None:
@@ -103,7 +105,6 @@ class Loop:
         self.progress = Progress()
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
         self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints)
-        self.sampler = Sampler(built.model, built.prepared.tokenizer, built.recipe.samples, seed=built.recipe.seed)
         self.events = Events(folder.events, run=folder.name)
         self.peak, self.peak_source = peak_flops(built.device, built.dtype)
 
@@ -123,7 +124,9 @@ class Loop:
                 self._save()
             if why is not None and not at_end:
                 self._close()
-                raise Stopped(f"stopped at step {progress.step} of {recipe.steps}: {why}", next_step="the same command goes on")
+                raise Stopped(
+                    f"stopped at step {progress.step} of {recipe.steps}: {why}", next_step="the same command goes on"
+                )
         self._close()
         write_json(self.folder.summary, self._summary())
 
@@ -153,7 +156,9 @@ class Loop:
             **result.extra,
         }
         self._write(row)
-        found = self._validate() if _due(recipe.validation.every, progress.step) or progress.step == recipe.steps else None
+        found = (
+            self._validate() if _due(recipe.validation.every, progress.step) or progress.step == recipe.steps else None
+        )
         return StepRecord(
             step=progress.step,
             tokens=progress.tokens,
@@ -166,7 +171,9 @@ class Loop:
 
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"):
-            found = validate(self.built.model, self.built.prepared.validation(self.recipe.validation.rows), self.built.device)
+            found = validate(
+                self.built.model, self.built.prepared.validation(self.recipe.validation.rows), self.built.device
+            )
         if not found:
             return None
         self._write({"step": self.progress.step, "tokens": self.progress.tokens, **found})
@@ -183,8 +190,11 @@ class Loop:
                     self.progress.stopped = change.reason
 
     def _sample(self) -> None:
+        recipe, prepared = self.recipe, self.built.prepared
         with self.events.span("sample"):
-            found = self.sampler.sample(self.progress.step)
+            found = sample(
+                self.built.model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step
+            )
         for row in found:
             self.samples.append(row)
         if found:
@@ -222,7 +232,9 @@ class Loop:
         rewind(self.folder.metrics, lambda row: row["step"] <= at)
         rewind(self.folder.samples, lambda row: row["step"] <= at)
         self.metrics, self.samples = Journal(self.folder.metrics), Journal(self.folder.samples)
-        self.sinks: list[Writer] = [sink.open(self.folder, table_of(self.recipe), step=at) for sink in self.recipe.sinks]
+        self.sinks: list[Writer] = [
+            sink.open(self.folder, table_of(self.recipe), step=at) for sink in self.recipe.sinks
+        ]
         self.folder.summary.unlink(missing_ok=True)
         write_json(self.folder.record, self._record())
         self.events.step = at
@@ -282,7 +294,10 @@ class Loop:
             "parameters": self.built.cost.parameters,
             **{name: last[name] for name in names if name in last},
             "seconds": progress.seconds,
-            "tokens_per_second": progress.step * self.recipe.batch_size * self.recipe.data.sequence_length / progress.seconds,
+            "tokens_per_second": progress.step
+            * self.recipe.batch_size
+            * self.recipe.data.sequence_length
+            / progress.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.built.device),
             "changes": progress.changes,
             "stopped": progress.stopped,

@@ -16,6 +16,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat
+from lmworks.model.backbone import Backbone
 from lmworks.train.slots import Optimizer, Probe, Update
 
 Beta = Annotated[float, Interval(ge=0, lt=1)]
@@ -75,7 +76,7 @@ class TorchUpdate(Update):
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` gave; tensors go to the device of their parameter, step counters stay where they are."""
+        """Take back what `state()` gave; tensors go to the device of their parameter, step counters stay."""
         found: dict[str, dict[str, Tensor]] = {}
         for full, value in state.items():
             name, _, key = full.rpartition("/")
@@ -104,7 +105,7 @@ class PlainOptimizer(Optimizer):
     decay_embeddings: bool = False
     """Whether token and position tables are decayed as well."""
 
-    def build(self, model: nn.Module) -> Update:
+    def build(self, model: Backbone) -> Update:
         """The running optimizer over the model's trainable parameters."""
         groups = parameter_groups(model, self.weight_decay, decay_embeddings=self.decay_embeddings)
         return TorchUpdate(self.optimizers([group for group in groups if group["params"]]))

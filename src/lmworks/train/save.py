@@ -68,7 +68,7 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Write a checkpoint; in the background when so set. Raises CheckpointError for this or the last failed write."""
+        """Write a checkpoint, in the background when so set. Raises CheckpointError for this or the last write."""
         self.wait()
         if not self._saving.background:
             self._write(step, snapshot)
@@ -90,7 +90,7 @@ class Checkpoints:
     def _guarded(self, step: int, snapshot: Snapshot) -> None:
         try:
             self._write(step, snapshot)
-        except BaseException as error:  # handed to the training thread by wait()
+        except BaseException as error:  # noqa: BLE001  (handed to the training thread by wait())
             self._failure = error
 
     def _write(self, step: int, snapshot: Snapshot) -> None:
@@ -105,7 +105,9 @@ class Checkpoints:
             files.sync_folder(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            full = "disk full" if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error) else str(error)
+            full = (
+                "disk full" if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error) else str(error)
+            )
             raise CheckpointError(
                 f"could not be written: {full}",
                 where=str(final),
@@ -167,7 +169,9 @@ def read(folder: Path) -> Snapshot:
         raise _refused(folder, f"has format {manifest.get('format')!r}; this version reads format {FORMAT}")
     for name, facts in listed.items():
         _verify(folder, name, facts)
-    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSOR_FILES if f"{name}.safetensors" in listed}
+    tensors = {
+        name: load_file(folder / f"{name}.safetensors") for name in TENSOR_FILES if f"{name}.safetensors" in listed
+    }
     return Snapshot(tensors=tensors, state=json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
@@ -184,7 +188,11 @@ def _verify(folder: Path, name: str, facts: dict[str, Any]) -> None:
 
 def _refused(folder: Path, what: str) -> CheckpointError:
     earlier = [p for p in complete(folder.parent) if p.name < folder.name]
-    step = f"--resume {earlier[-1]}  (the checkpoint before it)" if earlier else "--resume never starts anew; no earlier checkpoint is there"
+    step = (
+        f"--resume {earlier[-1]}  (the checkpoint before it)"
+        if earlier
+        else "--resume never starts anew; no earlier checkpoint is there"
+    )
     return CheckpointError(what, where=str(folder), next_step=step)
 
 
@@ -199,7 +207,9 @@ def must_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where
     ]
     if lines:
         shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
-        raise CheckpointError(f"is of another model ({shown})", where=where, next_step="use the recipe it was made with")
+        raise CheckpointError(
+            f"is of another model ({shown})", where=where, next_step="use the recipe it was made with"
+        )
 
 
 def _held(tensor: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import functools
 from dataclasses import dataclass
 from typing import final
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lmworks.core.recipe import PositiveInt
+from lmworks.model.backbone import Backbone
 from lmworks.train.slots import Saved
 
 
@@ -18,7 +18,7 @@ from lmworks.train.slots import Saved
 class Keep(Saved):
     """Keep every tensor that autograd saves: fastest, most memory."""
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: Backbone) -> None:
         """Nothing to arrange."""
 
 
@@ -30,7 +30,7 @@ class Recompute(Saved):
     every: PositiveInt = 1
     """Recompute blocks 0, every, 2 * every, ...; the others keep their tensors."""
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: Backbone) -> None:
         """Wrap the chosen blocks' forward. Names of parameters stay as they are."""
         for name, block in model.get_submodule("blocks").named_children():
             if int(name) % self.every == 0:

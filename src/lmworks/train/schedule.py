@@ -35,7 +35,9 @@ class Schedule(ABC):
     def check(self, recipe: Any) -> Iterator[Problem]:
         """A warm-up that never ends is refused."""
         if self.warmup >= recipe.steps:
-            yield Problem(path="warmup", text=f"{self.warmup} steps of warm-up do not end before the run's {recipe.steps} steps")
+            yield Problem(
+                path="warmup", text=f"{self.warmup} steps of warm-up do not end before the run's {recipe.steps} steps"
+            )
 
 
 @final
@@ -101,5 +103,7 @@ class WarmupStableDecay(Schedule):
         """Warm-up and decay must fit into the run together."""
         yield from super().check(recipe)
         if self.warmup + round(self.decay * recipe.steps) > recipe.steps:
-            text = f"a decay over {self.decay:.0%} of {recipe.steps} steps begins before the warm-up of {self.warmup} ends"
+            text = (
+                f"a decay over {self.decay:.0%} of {recipe.steps} steps begins before the warm-up of {self.warmup} ends"
+            )
             yield Problem(path="decay", text=text)

@@ -70,7 +70,13 @@ class WandB(Sink):
         """Start or go on with the run of this folder's name."""
         wandb = need("wandb", extra="trackers", why="sink 'wandb'")
         run = wandb.init(
-            project=self.project, mode=self.mode, name=folder.name, id=folder.name, resume="allow", config=recipe, dir=str(folder.path)
+            project=self.project,
+            mode=self.mode,
+            name=folder.name,
+            id=folder.name,
+            resume="allow",
+            config=recipe,
+            dir=str(folder.path),
         )
         return _Called(lambda at, numbers: run.log(numbers, step=at), run.finish)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.data.load import Batch
+from lmworks.model.backbone import Backbone
 
 State = dict[str, Any]
 """What a slot keeps across a restart: JSON values, and tensors under string keys."""
@@ -61,7 +62,7 @@ class Objective(ABC):
         """Units (tokens, pairs) of each component in this batch, counted before any forward pass."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Component]:
+    def loss(self, model: Backbone, batch: Batch) -> dict[str, Component]:
         """The components' sums over this batch, with gradient."""
 
 
@@ -94,7 +95,7 @@ class SelectAll(Selector):
 class Gradient(ABC):
     """What happens to gradients: a context around the backward passes, and a finish before the update."""
 
-    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+    def around(self, model: Backbone) -> AbstractContextManager[None]:
         """Entered before the first forward pass of a step, left after the last backward pass."""
         return nullcontext()
 
@@ -107,7 +108,7 @@ class Saved(ABC):
     """What each block keeps for its backward pass. Set on the model once, before anything is compiled or sharded."""
 
     @abstractmethod
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: Backbone) -> None:
         """Arrange the blocks of the model."""
 
 
@@ -139,7 +140,7 @@ class Optimizer(ABC):
     """How gradients change weights: the settings, which build an Update."""
 
     @abstractmethod
-    def build(self, model: nn.Module) -> Update:
+    def build(self, model: Backbone) -> Update:
         """The running optimizer over the model's trainable parameters, grouped by name."""
 
 
@@ -196,7 +197,7 @@ class Probe:
     Methods that need more than the step's own gradient (curvature, scores of candidates) ask here.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, *, seed: int) -> None:
+    def __init__(self, model: Backbone, objective: Objective, *, seed: int) -> None:
         self.model = model
         self.objective = objective
         device = next(model.parameters()).device

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmworks.core.errors import NonFinite
 from lmworks.data.load import Batch
+from lmworks.model.backbone import Backbone
 from lmworks.train.slots import Gradient, Objective, Probe, Selector, Source, Update
 
 
@@ -32,7 +33,7 @@ class StepResult:
 class Step:
     """The slots of a run, wired. Calling it makes one optimizer step."""
 
-    model: nn.Module
+    model: Backbone
     source: Source
     selector: Selector
     objective: Objective
@@ -71,7 +72,9 @@ class Step:
         )
 
 
-def accumulate(model: nn.Module, objective: Objective, micro_batches: Sequence[Batch], counts: dict[str, Tensor]) -> Tensor:
+def accumulate(
+    model: Backbone, objective: Objective, micro_batches: Sequence[Batch], counts: dict[str, Tensor]
+) -> Tensor:
     """Forward and backward over the micro-batches; gradients add up in `.grad`. Returns the step's loss (scalar).
 
     Each component is divided by its count over the *whole* step, so any split gives the same gradient.
@@ -80,7 +83,7 @@ def accumulate(model: nn.Module, objective: Objective, micro_batches: Sequence[B
     for micro in micro_batches:
         parts = objective.loss(model, micro)
         loss = torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        torch.autograd.backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step has at least one micro-batch"
     return total
@@ -91,5 +94,5 @@ def guard(loss: Tensor, norm: Tensor) -> None:
     if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
         raise NonFinite(
             f"loss is {float(loss)}, gradient norm is {float(norm)}; the update was not made",
-            next_step="resume from the last checkpoint with a lower learning rate, or look at the batch in events.jsonl",
+            next_step="start anew with a lower rate: --resume never --set optimizer.lr=...; its checkpoints are kept",
         )

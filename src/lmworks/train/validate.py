@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from lmworks.data.load import Batch
+from lmworks.model.backbone import Backbone
 from lmworks.model.head import IGNORE, cross_entropy_each
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+def validate(model: Backbone, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
     """val_loss (nats per target token) and val_bits_per_byte over the batches; every target counts once."""
     total, tokens, size = 0.0, 0, 0
     was_training = model.training

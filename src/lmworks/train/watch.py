@@ -42,7 +42,9 @@ class _EarlyStop(Watcher):
         self._since += 1
         if self._since < self._settings.patience:
             return None
-        return Change(reason=f"validation loss has not fallen below {self._best:.4f} for {self._since} validations", stop=True)
+        return Change(
+            reason=f"validation loss has not fallen below {self._best:.4f} for {self._since} validations", stop=True
+        )
 
     def state(self) -> State:
         """The best loss (as text when it is still infinite) and the count since."""
