@@ -28,7 +28,11 @@ def test_rows_are_the_oracles_rows_over_several_epochs(sizes: list[int], length:
         return shuffled(len(sizes), seed_for(seed, "data", "toy", epoch)).tolist()
 
     n_rows = 3 * toy.n_tokens // length + 2
-    expected = list(islice(packing.rows(packing.endless(as_lists(toy), order), length), n_rows))
+    per_round = toy.n_tokens // length
+    windows = list(islice(packing.rows(packing.endless(as_lists(toy), order), length), n_rows + per_round))
+    expected = packing.shuffle(windows, per_round, lambda i: shuffled(per_round, seed_for(seed, "rows", "toy", i)))[
+        :n_rows
+    ]
     found = pack(*stream.windows(np.arange(n_rows)))
     assert found.tokens_BT.tolist() == [row.tokens for row in expected]
     assert found.targets_BT.tolist() == [row.targets for row in expected]
@@ -39,18 +43,30 @@ def test_rows_are_the_oracles_rows_over_several_epochs(sizes: list[int], length:
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(1, 7), st.integers(0, 1000))
 def test_no_token_is_lost_or_doubled(sizes: list[int], length: int, seed: int) -> None:
-    """`length` epochs are a whole number of rows: in them every token is a target `length` times, but no first bos."""
+    """n_tokens rounds are a whole number of epochs: every token is a target equally often, but no first bos."""
     toy = documents(sizes)
     length = min(length, toy.n_tokens - 1)
     stream = Stream(toy, sequence_length=length, seed=seed, name="toy")
-    found = pack(*stream.windows(np.arange(toy.n_tokens)))
+    n_rows = toy.n_tokens * (toy.n_tokens // length)
+    found = pack(*stream.windows(np.arange(n_rows)))
+    times = n_rows * length // toy.n_tokens
     inputs = Counter(found.tokens_BT.ravel().tolist())
     targets = Counter(found.targets_BT.ravel().tolist())
     tokens = Counter(token for document in as_lists(toy) for token in document)
-    assert inputs == Counter({token: count * length for token, count in tokens.items()})
-    assert targets.pop(IGNORED) == len(sizes) * length, "exactly the bos of each document, each epoch"
+    assert inputs == Counter({token: count * times for token, count in tokens.items()})
+    assert targets.pop(IGNORED) == len(sizes) * times, "exactly the bos of each document, each epoch"
     tokens[BOS] -= len(sizes)
-    assert targets == Counter({token: count * length for token, count in tokens.items()})
+    assert targets == Counter({token: count * times for token, count in tokens.items()})
+
+
+def test_rows_that_stand_together_come_from_many_documents() -> None:
+    """A document of 100 windows does not fill the batches: 20 documents, 8 rows, at least 4 documents among them."""
+    toy = documents([400] * 20)
+    stream = Stream(toy, sequence_length=4, seed=0, name="toy")
+    owner = {token: i for i, document in enumerate(as_lists(toy)) for token in document if token != BOS}
+    for first in range(0, 400, 8):
+        tokens, _ = stream.windows(np.arange(first, first + 8))
+        assert len({owner[t] for t in tokens.ravel().tolist() if t in owner}) >= 4
 
 
 def test_a_small_case_by_eye() -> None:

@@ -49,3 +49,9 @@ def row(window: list[tuple[int, bool]]) -> Row:
         made.positions.append(position)
         made.documents.append(document)
     return made
+
+
+def shuffle(windows: Sequence[Row], per_round: int, order: Callable[[int], Sequence[int]]) -> list[Row]:
+    """The windows of each whole round in the order given for it."""
+    whole = len(windows) // per_round
+    return [windows[i * per_round + place] for i in range(whole) for place in order(i)]

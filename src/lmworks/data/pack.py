@@ -1,12 +1,16 @@
 """Packing: documents laid end to end and cut into rows.
 
 A document is stored as [bos] ids [eos]. The documents of one source, in the shuffled order of epoch 0, then of epoch 1,
-and so on, make one endless stream. Row r covers the tokens r*T ... r*T + T of it (T the sequence length): the first T
-are its inputs, the last T its targets. Neighbouring rows share one token, which is the last target of one and the first
-input of the next. So over an epoch every token is an input exactly once, and every token but the bos of each document
-is a target exactly once: a bos is what a model would have to guess across the border of two documents, and is ignored.
+and so on, make one endless stream. Window w covers the tokens w*T ... w*T + T of it (T the sequence length): the first
+T are its inputs, the last T its targets. Neighbouring windows share one token, which is the last target of one and the
+first input of the next. So over an epoch every token is an input exactly once, and every token but the bos of each
+document is a target exactly once: a bos is what a model would have to guess across the border of two documents, and is
+ignored.
 
-A document that is cut goes on in the next row, without its beginning: attention stays within the row.
+Rows are the windows in a shuffled order: those of an epoch (a round of n_tokens // T windows) are drawn in the order of
+a hash. Without it a long document would fill whole batches by itself.
+
+A document that is cut goes on in another row, without its beginning: attention stays within the row.
 """
 
 from __future__ import annotations
@@ -122,7 +126,7 @@ class Order:
 
 @final
 class Stream:
-    """The endless stream of one source: documents in a new order every epoch. A row depends on (seed, row) only.
+    """The endless stream of one source: documents and windows in a new order every epoch. A row depends on (seed, row).
 
     Raises DataError when the documents together are not longer than one sequence.
     """
@@ -136,7 +140,9 @@ class Stream:
         self._length = sequence_length
         self._seed = seed
         self._n_tokens = documents.n_tokens
+        self._round = documents.n_tokens // sequence_length
         self._orders: dict[int, Order] = {}
+        self._shuffles: dict[int, Int] = {}
 
     def epochs(self, rows: int) -> float:
         """How often every token was seen after so many rows."""
@@ -144,7 +150,7 @@ class Stream:
 
     def windows(self, rows_B: Int) -> tuple[Int, NDArray[np.bool_]]:
         """Tokens and document starts, both (B, T + 1), of the given rows, in any order."""
-        at_BW = window_places(rows_B, self._length)
+        at_BW = window_places(self._window_of(rows_B), self._length)
         epoch_BW, place_BW = np.divmod(at_BW, self._n_tokens)
         flat_BW = np.empty_like(at_BW)
         is_start_BW = np.empty(at_BW.shape, dtype=np.bool_)
@@ -153,18 +159,34 @@ class Stream:
             flat_BW[here], is_start_BW[here] = self._order(int(epoch)).locate(place_BW[here])
         return self._documents.tokens.take(flat_BW), is_start_BW
 
+    def _window_of(self, rows_B: Int) -> Int:
+        """The window that stands at each row."""
+        round_B, place_B = np.divmod(rows_B, self._round)
+        window_B = np.empty_like(rows_B)
+        for index in np.unique(round_B):
+            here = round_B == index
+            window_B[here] = index * self._round + self._shuffle(int(index))[place_B[here]]
+        return window_B
+
+    def _shuffle(self, index: int) -> Int:
+        """The order of the windows of one round. Rows lie in at most a few rounds, so the last ones are kept."""
+        if index not in self._shuffles:
+            order = shuffled(self._round, seed_for(self._seed, "rows", self.name, index))
+            self._shuffles = dict([*list(self._shuffles.items())[-1:], (index, order)])
+        return self._shuffles[index]
+
     def _order(self, epoch: int) -> Order:
-        """The order of one epoch. Rows lie in at most a few neighbouring epochs, so the last ones are kept."""
+        """The order of the documents of one epoch; the last ones are kept."""
         if epoch not in self._orders:
             order = shuffled(len(self._documents), seed_for(self._seed, "data", self.name, epoch))
-            kept = list(self._orders.items())[-1:]
+            kept = list(self._orders.items())[-2:]  # a round of windows touches up to three epochs
             self._orders = dict([*kept, (epoch, Order(self._documents, order))])
         return self._orders[epoch]
 
 
-def window_places(rows_B: Int, sequence_length: int) -> Int:
-    """Places in the stream that the given rows cover: (B, T + 1)."""
-    return rows_B[:, None] * sequence_length + np.arange(sequence_length + 1, dtype=np.int64)
+def window_places(windows_B: Int, sequence_length: int) -> Int:
+    """Places in the stream that the given windows cover: (B, T + 1)."""
+    return windows_B[:, None] * sequence_length + np.arange(sequence_length + 1, dtype=np.int64)
 
 
 def shuffled(count: int, seed: int) -> Int:
