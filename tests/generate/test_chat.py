@@ -27,7 +27,8 @@ You help.<|im_end|>
     {% generation %}kept{% endgeneration %}
 {% endfor %}
 """,
-    "namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i }}{{ dict(a=1) }}",
+    "namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i }}",
+    "dict": "{{ dict(a=1) }}",
     "json": "{{ messages | tojson(indent=2) }}{{ messages[0] | tojson(sort_keys=true) }}",
 }
 MESSAGES = [

@@ -1,0 +1,59 @@
+"""README.md of an exported model: what it is, where it comes from, how to load it. Nothing that is not known."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lmworks.model.backbone import Backbone
+
+
+def card_of(
+    model: Backbone, *, name: str, source: Path, run: Path | None, licence: str | None = None, note: str = ""
+) -> str:
+    """The card of a model. `run`: the run folder that made it, whose recipe and results are shown."""
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lmworks]"]
+    head += [f"license: {licence}"] if licence else []
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts: dict[str, Any] = {
+        "parameters": f"{parameters:,}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "blocks": config.n_layers,
+        "hidden size": config.hidden_size,
+        "head": "tied to the token table" if config.tied else "its own",
+        "source": f"`{source}`",
+    }
+    facts |= _results(run) if run is not None else {}
+    parts = [
+        "\n".join([*head, "---"]),
+        f"# {name}",
+        note,
+        "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
+        "Written by lmworks and proved: a fresh process read this folder and gave the logits of the model in memory.",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n\n'
+        "or `lmworks generate PATH --prompt TEXT`.",
+        f"## How it was trained\n\n```toml\n{_recipe(run)}\n```" if run is not None else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """Facts of a finished run's summary."""
+    path = run / "summary.json"
+    if not path.is_file():
+        return {}
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {"tokens": "tokens seen", "val_loss": "validation loss", "val_bits_per_byte": "validation bits per byte"}
+    return {label: summary[key] for key, label in wanted.items() if key in summary}
+
+
+def _recipe(run: Path) -> str:
+    """The recipe as it ran, checked to be TOML so that the block of the card is what it says."""
+    text = (run / "recipe.toml").read_text(encoding="utf-8")
+    tomllib.loads(text)
+    return text.strip()
