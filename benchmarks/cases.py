@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from peers.job import Shape
 
@@ -17,27 +19,30 @@ class Case:
     line: str
 
 
+SIZES = Path(__file__).resolve().parents[1] / "recipes" / "sizes"
+
+
+def size(name: str, *, vocab_size: int | None = None) -> Shape:
+    """A shipped shape. `vocab_size` is for those that leave it to the tokenizer."""
+    table = tomllib.loads((SIZES / f"{name}.toml").read_text(encoding="utf-8"))
+    known = {field.name for field in fields(Shape)}
+    return Shape(
+        **{**({"vocab_size": vocab_size} if vocab_size else {}), **{k: table[k] for k in known & table.keys()}}
+    )
+
+
 CASES = {
     "10m": Case(
-        shape=Shape(vocab_size=8192, n_layers=6, hidden_size=320, n_heads=5, n_kv_heads=5, ffn_size=896, tied=True),
+        shape=size("llama-10m", vocab_size=8192),
         batch=8,
         sequence=512,
-        line="10.2M parameters, 6 x 320, vocabulary 8,192, 8 rows of 512 tokens",
+        line="recipes/sizes/llama-10m.toml with a vocabulary of 8,192 (11.5M parameters), 8 rows of 512 tokens",
     ),
     "135m": Case(
-        shape=Shape(
-            vocab_size=49152,
-            n_layers=30,
-            hidden_size=576,
-            n_heads=9,
-            n_kv_heads=3,
-            ffn_size=1536,
-            tied=True,
-            rope_theta=100000.0,
-        ),
+        shape=size("smollm2-135m"),
         batch=2,
         sequence=512,
-        line="134.5M parameters, SmolLM2-135M's shape, vocabulary 49,152, 2 rows of 512 tokens",
+        line="recipes/sizes/smollm2-135m.toml (134.5M parameters, vocabulary 49,152), 2 rows of 512 tokens",
     ),
     "tiny": Case(
         shape=Shape(vocab_size=512, n_layers=2, hidden_size=64, n_heads=4, n_kv_heads=2, ffn_size=128, tied=True),

@@ -49,9 +49,8 @@ def hardware() -> dict[str, Any]:
     """Processor, its matrix and vector instructions, cores, memory, kernel; GPUs where torch sees any."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in text.split("\n\n")[0].splitlines() if ":" in line
-    )
+    lines = [line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line]
+    fields = {name.strip(): value.strip() for name, value in lines}
     flags = set(fields.get("flags", "").split())
     return {
         "processor": fields.get("model name", platform.processor()),

@@ -17,11 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import evidence_file
 import torch
+from cases import size
 from torch import nn
 from verdicts import Verdict, spread
 
@@ -36,16 +38,7 @@ from lmworks.train.slots import Probe, SelectAll
 from lmworks.train.step import Step
 
 SIZES = {
-    "1b": DecoderConfig(
-        vocab_size=128256,
-        n_layers=16,
-        hidden_size=2048,
-        n_heads=32,
-        n_kv_heads=8,
-        ffn_size=8192,
-        tied=True,
-        rope_theta=500000.0,
-    ),
+    "1b": DecoderConfig(**asdict(size("llama-3.2-1b"))),
     "toy": DecoderConfig(vocab_size=512, n_layers=2, hidden_size=64, n_heads=4, n_kv_heads=2, ffn_size=128, tied=True),
 }
 ARMS = ("eager", "compile", "float8")

@@ -25,6 +25,7 @@ from verdicts import (
     Run,
     Verdict,
     by_round,
+    cpu_savings,
     is_loaded,
     overhead,
     product_shares,
@@ -109,7 +110,7 @@ def cell_record(case: str, precision: str, runs: Sequence[Run]) -> tuple[dict[st
     """What one shape and precision says: a row per arm, the bars, and all runs."""
     good = [run for run in runs if "failed" not in run]
     tokens = CASES[case].batch * CASES[case].sequence
-    faster = speedups(good)
+    faster, cheaper = speedups(good), cpu_savings(good)
     flops = next((run["train_flops_per_token"] for run in good if "train_flops_per_token" in run), None)
     rows = []
     for name in dict.fromkeys(run["arm"] for run in good if run["arm"] != "product"):
@@ -127,6 +128,7 @@ def cell_record(case: str, precision: str, runs: Sequence[Run]) -> tuple[dict[st
                 "parameters": next(run.get("parameters") for run in good if run["arm"] == name),
                 "share_of_product_rate": vars(share) if share else None,
                 "lmworks_is_faster_by": vars(faster[name]) if name in faster else None,
+                "cpu_time_over_lmworks": vars(cheaper[name]) if name in cheaper else None,
                 "outside_the_step": vars(outside) if outside else None,
             }
         )
@@ -156,7 +158,18 @@ def table(record: dict[str, Any]) -> str:
                 **{key: rate[key] / 1e9 for key in ("median", "least", "most")}
             )
         )
-    header = ["arm", "ms/step", "least", "most", "tok/s", "CPU ms", "peak GiB", "of product", "lmworks is faster by"]
+    header = [
+        "arm",
+        "ms/step",
+        "least",
+        "most",
+        "tok/s",
+        "CPU ms",
+        "peak GiB",
+        "of product",
+        "lmworks is faster by",
+        "CPU time",
+    ]
     cells = [header]
     for row in record["arms"]:
         seconds, share, faster = row["step_seconds"], row["share_of_product_rate"], row["lmworks_is_faster_by"]
@@ -169,6 +182,7 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
                 f"{share['median']:.0%}" if share else "",
                 f"{faster['median']:.2f}x ({faster['least']:.2f} to {faster['most']:.2f})" if faster else "",
+                f"{row['cpu_time_over_lmworks']['median']:.2f}x" if faster else "",
             ]
         )
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]

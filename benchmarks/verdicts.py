@@ -92,6 +92,17 @@ def speedups(runs: Sequence[Run]) -> dict[str, Spread]:
     return {name: ratio for name, ratio in found.items() if ratio is not None}
 
 
+def cpu_savings(runs: Sequence[Run]) -> dict[str, Spread]:
+    """Arm -> its CPU time of a step over lmworks', per round: what others on the machine disturb least."""
+    used: dict[str, dict[int, float]] = {}
+    for run in runs:
+        used.setdefault(run["arm"], {})[run["round"]] = run["cpu_seconds_per_step"]
+    ours = used.pop("lmworks", {})
+    used.pop("product", None)
+    found = {name: ratios(theirs, ours) for name, theirs in used.items()}
+    return {name: ratio for name, ratio in found.items() if ratio is not None}
+
+
 def product_shares(runs: Sequence[Run], arm: str, tokens: int, flops_per_token: float) -> Spread | None:
     """Model FLOP/s of an arm over the product rate measured in the same round."""
     rates = {run["round"]: run["flops"] / step_seconds(run) for run in runs if run["arm"] == "product"}

@@ -55,7 +55,7 @@ def model_of(job: Job) -> LlamaForCausalLM:
         num_key_value_heads=shape.n_kv_heads,
         tie_word_embeddings=shape.tied,
         rms_norm_eps=shape.norm_eps,
-        rope_theta=shape.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         max_position_embeddings=max(2048, job.sequence),
     )
     return LlamaForCausalLM(config)

@@ -39,7 +39,7 @@ class Rows(IterableDataset[Tensor]):
             self._timeline.mark(**self._facts)
 
 
-class Data(DataModule):
+class Data(DataModule):  # type: ignore[misc]  # LitGPT carries no types
     """What LitGPT asks data of."""
 
     def __init__(self, job: Job, timeline: Timeline) -> None:
@@ -87,8 +87,9 @@ def parameter_count(job: Job) -> int:
     """Of the model as it trains."""
     with torch.device("meta"):
         model = litgpt.GPT(config_of(job))
-    total = sum(p.numel() for p in model.parameters())
-    return total - (model.lm_head.weight.numel() if job.shape.tied else 0)
+    total: int = sum(p.numel() for p in model.parameters())
+    head: int = model.lm_head.weight.numel()
+    return total - head if job.shape.tied else total
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
                 model_name="benchmark",
                 model_config=config_of(job),
                 out_dir=Path(folder),
-                precision=precision,  # type: ignore[arg-type]  # one of its own words
+                precision=precision,
                 data=Data(job, timeline),
                 train=train,
                 eval=EvalArgs(interval=10**9, max_iters=1, initial_validation=False, final_validation=False),

@@ -25,7 +25,15 @@ def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(arm: str, turn: int, seconds: list[float], **facts: Any) -> dict[str, Any]:
-    return {"arm": arm, "round": turn, "seconds": seconds, "other_load": 0.0, "peak_memory_bytes": 1, **facts}
+    return {
+        "arm": arm,
+        "round": turn,
+        "seconds": seconds,
+        "other_load": 0.0,
+        "peak_memory_bytes": 1,
+        "cpu_seconds_per_step": 2 * seconds[0],
+        **facts,
+    }
 
 
 def two_rounds() -> list[dict[str, Any]]:
@@ -49,6 +57,14 @@ def test_ratios_are_taken_within_a_round() -> None:
     found = verdicts.speedups(two_rounds())
     assert found["trainer"].each == pytest.approx((1.3, 1.3))
     assert found["plain"].median == pytest.approx(1.5)
+
+
+def test_cpu_time_is_compared_within_a_round() -> None:
+    import verdicts
+
+    found = verdicts.cpu_savings(two_rounds())
+    assert set(found) == {"trainer", "plain"}
+    assert found["plain"].each == pytest.approx((1.5, 1.5))
 
 
 def test_a_round_that_one_side_lacks_is_left_out() -> None:
@@ -92,7 +108,7 @@ def test_any_disturbed_run_marks_the_record() -> None:
     assert verdicts.is_loaded(runs)
 
 
-@pytest.mark.parametrize(("case", "parameters"), [("10m", 10_244_160), ("135m", 134_515_008)])
+@pytest.mark.parametrize(("case", "parameters"), [("10m", 11_540_736), ("135m", 134_515_008)])
 def test_shapes_have_the_parameters_they_are_named_for(case: str, parameters: int) -> None:
     from dataclasses import asdict
 
