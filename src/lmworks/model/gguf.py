@@ -41,7 +41,7 @@ CONTROL = 3
 
 
 class GGUFModel(Mapping[str, Tensor]):
-    """One GGUF file: `config`, `tokens`, `tokenizer_files()`, and its parameters by our names, dequantised when asked for."""
+    """One GGUF file: `config`, `tokens`, `tokenizer_files()`, and parameters by our names, dequantised when asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +70,9 @@ class GGUFModel(Mapping[str, Tensor]):
         scaled = next((key for key in self._facts if key.startswith("llama.rope.scaling.")), None)
         if kind != "llama" or scaled is not None or "rope_freqs.weight" in self._stored:
             what = f"general.architecture = {kind}" if kind != "llama" else "scaled rotary positions"
-            raise CheckpointError(f"{what} is not supported", where=str(self.path), legal="llama, plain rotary positions")
+            raise CheckpointError(
+                f"{what} is not supported", where=str(self.path), legal="llama, plain rotary positions"
+            )
         heads, width = self._fact("llama.attention.head_count"), self._fact("llama.embedding_length")
         return DecoderConfig(
             vocab_size=len(self._fact("tokenizer.ggml.tokens")),
@@ -126,7 +128,7 @@ class GGUFModel(Mapping[str, Tensor]):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": self.config.max_position,
-            **{kind: names[id] for kind, id in special.items() if id is not None},
+            **{kind: names[token] for kind, token in special.items() if token is not None},
         }
         found = {"tokenizer.json": self._tokenizer().to_str(pretty=True)}
         template = self._facts.get("tokenizer.chat_template")
@@ -145,7 +147,7 @@ class GGUFModel(Mapping[str, Tensor]):
             )
         names, types = self._fact("tokenizer.ggml.tokens"), self._fact("tokenizer.ggml.token_type")
         merges = [tuple(pair.split(" ")) for pair in self._fact("tokenizer.ggml.merges")]
-        made = Tokenizer(models.BPE(vocab={name: id for id, name in enumerate(names)}, merges=merges))
+        made = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=merges))
         made.pre_tokenizer = CUTS[cut]()
         made.decoder = decoders.ByteLevel()
         control = [AddedToken(name, special=True) for name, kind in zip(names, types, strict=True) if kind == CONTROL]
@@ -178,4 +180,5 @@ CUTS = {"gpt-2": _gpt2, "smollm": _smollm, "llama-bpe": _llama3}
 
 def halves(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of q or k from GGUF's order (rotary pairs side by side) to ours (pairs half a head apart)."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call]
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
