@@ -10,12 +10,17 @@ from collections.abc import Callable
 
 import typer
 
-from lmworks.cli import doctor, methods, quickstart, tokenizer, train
+from lmworks.cli import chat, doctor, eval, export, fetch, generate, methods, quickstart, tokenizer, train
 from lmworks.core.errors import LmworksError
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
     "train": train.train,
+    "fetch": fetch.fetch,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "export": export.export,
+    "eval": eval.eval,
     "doctor": doctor.doctor,
     "methods": methods.methods,
 }
