@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmworks.model import ops, tiles
 from lmworks.model.attention import Reach, attend, block_mask, boolean_mask, reach
+from lmworks.model.decoder import SwiGLU
 from lmworks.model.rotary import RopeScaling, Rotary
 from tests.model.toy import built
 from tests.oracles import formulas
@@ -42,12 +43,14 @@ def test_rms_norm_takes_a_strided_head() -> None:
     assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x[..., :8].unflatten(-1, (2, 4)), w, 1e-6), (x, weight))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7, 512])
-def test_swiglu_ffn_is_its_formula_however_the_rows_are_cut(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "FFN_ROWS", rows)
-    arguments = (normal(7, 4), normal(6, 4, seed=1), normal(6, 4, seed=2), normal(4, 6, seed=3))
-    torch.testing.assert_close(ops.swiglu_ffn(*arguments), formulas.swiglu_ffn(*arguments), rtol=0, atol=1e-13)
-    assert torch.autograd.gradcheck(ops.swiglu_ffn, arguments)
+def test_swiglu_feed_forward_is_its_formula() -> None:
+    layer = SwiGLU(4, 6).double()
+    weights = (normal(6, 4, seed=1), normal(6, 4, seed=2), normal(4, 6, seed=3))
+    with torch.no_grad():
+        for part, weight in zip((layer.gate_proj, layer.up_proj, layer.down_proj), weights, strict=True):
+            part.weight.copy_(weight)
+    x = normal(7, 4)
+    torch.testing.assert_close(layer(x), formulas.swiglu_ffn(x, *weights), rtol=0, atol=1e-13)
 
 
 @pytest.mark.skipif(not ops.ONEDNN, reason="this torch cannot ask oneDNN for float32 products")
@@ -75,17 +78,12 @@ def test_linear_casts_the_master_weight_to_the_activation() -> None:
     assert weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("width", [8, 4])
-def test_rotation_is_its_formula(width: int, plain: bool) -> None:
+def test_rotation_is_its_formula(width: int) -> None:
     x = normal(2, 5, 3, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
     cos, sin = Rotary(theta=100.0, width=width).tables(positions)
-    if plain:
-        with ops.plain_forms():
-            found = ops.rotate(x, cos.double(), sin.double())
-    else:
-        found = ops.rotate(x, cos.double(), sin.double())
+    found = ops.rotate(x, cos.double(), sin.double())
     want = formulas.rope(x.detach(), positions, formulas.frequencies(100.0, width))
     torch.testing.assert_close(found.detach(), want, rtol=0, atol=2e-6)  # the tables are float32
     assert torch.autograd.gradcheck(lambda x: ops.rotate(x, cos.double(), sin.double()), (x,))

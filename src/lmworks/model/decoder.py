@@ -29,7 +29,7 @@ from lmworks.model import sizes as shape
 from lmworks.model.attention import Attention, Frame
 from lmworks.model.backbone import Backbone
 from lmworks.model.cache import BlockCache
-from lmworks.model.layers import Embedding, Linear, RMSNorm, is_plain
+from lmworks.model.layers import Embedding, Linear, RMSNorm
 from lmworks.model.rotary import RopeScaling, Rotary
 from lmworks.model.sizes import BlockSizes
 
@@ -179,8 +179,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        if all(is_plain(part) for part in (self.gate_proj, self.up_proj, self.down_proj)):
-            return ops.swiglu_ffn(x_BTD, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         result: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
         return result
 

@@ -1,7 +1,7 @@
 """The arithmetic under the layers: one function per formula, exact against `tests/oracles`.
 
 Each formula stands once in plain PyTorch. In eager mode on a CPU, where a pass over memory costs as much as arithmetic,
-most have a second form with a hand-written gradient that makes fewer passes and keeps less (benchmarks/log.md).
+RMSNorm and float32 products have a second form with a hand-written gradient (benchmarks/log.md).
 `torch.compile`, GPUs and `plain_forms` get the plain form.
 """
 
@@ -21,8 +21,6 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN: bool = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")  # type: ignore[no-untyped-call]
 """Whether oneDNN's float32 products can be asked for by name."""
-FFN_ROWS = 512
-"""Rows of the feed-forward layer worked on at a time on a CPU, so that their widened form stays in cache."""
 _plain: ContextVar[bool] = ContextVar("plain_forms", default=False)
 
 
@@ -165,48 +163,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_ffn(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)) for three (out, in) matrices without bias."""
-    weights = (gate_weight, up_weight, down_weight)
-    if on_cpu(x) and torch.is_grad_enabled():
-        cast = [weight.to(x.dtype) for weight in weights]
-        result: Tensor = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), *cast)  # type: ignore[no-untyped-call]
-        return result.view(*x.shape[:-1], -1)
-    return linear(swiglu(linear(x, gate_weight, None), linear(x, up_weight, None)), down_weight, None)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps x, gate and up; their product is never stored for the backward pass, and never leaves the cache forward."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-        out_MD = x_MD.new_empty(x_MD.shape[0], down_DF.shape[0])
-        kept: list[Tensor] = []
-        for x, out in zip(torch.split(x_MD, FFN_ROWS), torch.split(out_MD, FFN_ROWS), strict=True):
-            gate, up = product(x, gate_FD), product(x, up_FD)
-            out.copy_(product(F.silu(gate).mul_(up), down_DF))
-            kept += (gate, up)
-        ctx.save_for_backward(x_MD, gate_FD, up_FD, down_DF, *kept)
-        return out_MD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, ...]:
-        x_MD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
-        grad_MD = grad_MD.contiguous()
-        d_gate_MF, d_up_MF, mid_MF = (x_MD.new_empty(x_MD.shape[0], gate_FD.shape[0]) for _ in range(3))
-        dx_MD = torch.empty_like(x_MD)
-        for index, (gate, up) in enumerate(zip(kept[::2], kept[1::2], strict=True)):
-            part = slice(index * FFN_ROWS, (index + 1) * FFN_ROWS)
-            opened = F.silu(gate)
-            torch.mul(opened, up, out=mid_MF[part])
-            d_mid = product(grad_MD[part], down_DF.t())
-            d_up = torch.mul(d_mid, opened, out=d_up_MF[part])
-            d_gate = torch.ops.aten.silu_backward(d_mid.mul_(up), gate, grad_input=d_gate_MF[part])
-            torch.add(product(d_gate, gate_FD.t()), product(d_up, up_FD.t()), out=dx_MD[part])
-        return dx_MD, d_gate_MF.t() @ x_MD, d_up_MF.t() @ x_MD, grad_MD.t() @ mid_MF
-
-
 def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     """Rotary embedding: turns each pair (i, i + r/2) of the first r values of a head by its angle.
 
@@ -214,31 +170,8 @@ def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     the turn is x cos + (x with its halves swapped) sin. Values beyond r pass through (partial rotary of GPT-NeoX).
     """
     cos, sin = cos_BTr[:, :, None], sin_BTr[:, :, None]
-    if on_cpu(x_BTNh):
-        result: Tensor = _Rotate.apply(x_BTNh, cos, sin)  # type: ignore[no-untyped-call]
-        return result
-    return _turn(x_BTNh, cos, sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """Keeps only the tables; the gradient of a turn is the turn back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate`: the products are made in float32 and rounded once."""
     width = cos.shape[-1]
-    turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    turned, rest = (x_BTNh, None) if width == x_BTNh.shape[-1] else (x_BTNh[..., :width], x_BTNh[..., width:])
     wide = _wide(turned)
-    out = torch.addcmul(wide * cos, wide.roll(width // 2, -1), sin).to(x.dtype)
+    out = torch.addcmul(wide * cos, wide.roll(width // 2, -1), sin).to(x_BTNh.dtype)
     return out if rest is None else torch.cat((out, rest), -1)
