@@ -41,7 +41,7 @@ CONTROL = 3
 
 
 class GGUFModel(Mapping[str, Tensor]):
-    """One GGUF file: `config`, `tokens`, `tokenizer_files()`, and parameters by our names, dequantised when asked for."""
+    """One GGUF file: `config`, `tokens`, `tokenizer_files()`, and parameters by our names, dequantised lazily."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
