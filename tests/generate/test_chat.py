@@ -11,7 +11,7 @@ from lmworks.core.errors import UsageError
 from lmworks.generate.chat import ChatTemplate, load_template
 
 TEMPLATES = {
-    "chatml": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+    "chatml": """{% for message in messages %}{% if loop.first and messages[0].role != 'system' %}{{ '<|im_start|>system
 You help.<|im_end|>
 ' }}{% endif %}{{'<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>' + '

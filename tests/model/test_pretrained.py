@@ -74,7 +74,10 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
     good = file.read_bytes()
     flipped = bytearray(good)
     flipped[-5] ^= 1
-    for bad, words in ((bytes(flipped), "SHA-256 differs"), (good[:-8], r"model\.safetensors: is damaged or cut short")):
+    for bad, words in (
+        (bytes(flipped), "SHA-256 differs"),
+        (good[:-8], r"model\.safetensors: is damaged or cut short"),
+    ):
         file.write_bytes(bad)
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path)
