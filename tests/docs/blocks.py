@@ -1,4 +1,4 @@
-"""The code blocks of README.md, CONTRIBUTING.md, recipes/README.md and docs/, and the commands in them."""
+"""The code blocks of README.md, CONTRIBUTING.md, recipes/, benchmarks/ and docs/, and the commands in them."""
 
 from __future__ import annotations
 

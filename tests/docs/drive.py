@@ -60,5 +60,5 @@ def drive(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    done = drive(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(done))
+    asked, answered = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()  # the commands change argv and the folder
+    answered.write_text(json.dumps(drive(json.loads(asked.read_text()))))
