@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import os
 import pkgutil
 import re
 import types
@@ -41,15 +40,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def commands() -> str:
     """A section for each verb with its help text."""
-    os.environ["COLUMNS"] = "110"
     group = typer.main.get_command(app)
     context = group.make_context("lmworks", [], resilient_parsing=True)
-    lines = ["# Commands", "", "What each verb answers to `--help`.", ""]
+    return "\n".join(["# Commands", "", "What each verb answers to `--help`.", "", *_help(group, context, "lmworks")])
+
+
+def _help(group: typing.Any, context: typing.Any, before: str) -> Iterator[str]:
+    """The verbs of a group; a verb that is a group itself (tokenizer) is followed by its own."""
     for verb in group.list_commands(context):
         command = group.get_command(context, verb)
         below = command.make_context(verb, [], parent=context, resilient_parsing=True)
-        lines += [f"## lmworks {verb}", "", "```text", command.get_help(below).rstrip(), "```", ""]
-    return "\n".join(lines)
+        below.terminal_width = 96
+        yield from (f"## {before} {verb}", "", "```text", command.get_help(below).rstrip(), "```", "")
+        if hasattr(command, "list_commands"):
+            yield from _help(command, below, f"{before} {verb}")
 
 
 def all_settings() -> str:

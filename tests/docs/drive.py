@@ -60,5 +60,8 @@ def drive(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    asked, answered = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()  # the commands change argv and the folder
+    asked, answered = (
+        Path(sys.argv[1]).resolve(),
+        Path(sys.argv[2]).resolve(),
+    )  # commands change both argv and folder
     answered.write_text(json.dumps(drive(json.loads(asked.read_text()))))
