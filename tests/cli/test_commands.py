@@ -45,7 +45,7 @@ def lmworks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_every_verb_has_help_with_an_example(lmworks, verb: str) -> None:  # type: ignore[no-untyped-def]
     answer = lmworks(verb, "--help")
     assert answer.code == 0
-    assert "Example: lmworks" in answer.out
+    assert re.search(r"Example: .*lmworks", answer.out)
 
 
 def test_no_verb_shows_help_and_all_verbs(lmworks) -> None:  # type: ignore[no-untyped-def]

@@ -64,7 +64,7 @@ def test_a_run_folder_is_complete(text: Path, cache: Path, tmp_path: Path) -> No
     folder, report = toy.train(made, tmp_path / "run")
     names = {p.name for p in folder.path.iterdir()}
     assert names == {
-        "recipe.toml", "record.json", "events.jsonl", "metrics.jsonl", "summary.json", "samples.jsonl",
+        "recipe.toml", "model.toml", "record.json", "events.jsonl", "metrics.jsonl", "summary.json", "samples.jsonl",
         "tokenizer", "checkpoints", "tensorboard", "curves.png",
     }  # fmt: skip
     found = list(rows(folder.metrics))

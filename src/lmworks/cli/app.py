@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 stopped and resumable, 4 the 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -49,8 +50,15 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
+SPIN = "10000"
+"""Turns that an idle OpenMP thread waits busily before it sleeps: long enough for the gaps between two operations."""
+
+
 def main() -> None:
     """Run the command line; a person's mistake ends with a message and an exit code, never with a stack trace."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # libgomp's own default spins so long that a run beside one other busy process is several times slower.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
     try:
         app()
     except LmworksError as error:

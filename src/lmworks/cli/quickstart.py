@@ -43,9 +43,7 @@ def quickstart(
     _plan(set_ or [])
     say("\n1. Train. This process will be killed half-way, without warning (SIGKILL).")
     seen = _train_until_killed(command, folder)
-    say(
-        f"\n2. Killed at step {seen.step}; the newest checkpoint is of step {seen.checkpoint}. The same command goes on."
-    )
+    say(f"\n2. Killed at step {seen.step}, newest checkpoint of step {seen.checkpoint}. The same command goes on.")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     same = seen.compare(folder)
     say(f"   {same} steps ran twice, before the kill and after the resume: their losses are equal to the last bit.")
@@ -78,10 +76,9 @@ def _plan(sets: list[str]) -> None:
     from lmworks.core import recipe as recipes
 
     recipe = recipes.load(RECIPE, verb="train", sets=sets)
-    tokens = recipe.steps * recipe.batch_size * recipe.data.sequence_length
-    say(
-        f"Plan: {recipe.steps} steps of {recipe.batch_size} x {recipe.data.sequence_length} tokens = {count(tokens)} tokens"
-    )
+    rows, length = recipe.batch_size, recipe.data.sequence_length
+    tokens = count(recipe.steps * rows * length)
+    say(f"Plan: {recipe.steps} steps of {rows} x {length} tokens = {tokens} tokens")
     say("      of the Python standard library's own sources and documents, with a tokenizer trained on them.")
 
 

@@ -2,6 +2,7 @@
 
 recipe.toml     the resolved recipe; it runs again as it is
 record.json     what made these bytes: hashes of recipe, code, data, tokenizer, parent; versions, hardware
+model.toml      the model's shape with every size written out
 events.jsonl    the one event schema
 metrics.jsonl   one object a step, and one a validation
 summary.json    final values, wall time, peak memory

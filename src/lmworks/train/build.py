@@ -16,6 +16,7 @@ from lmworks.data.packed import Prepared
 from lmworks.model.backbone import Backbone
 from lmworks.model.init import initialise
 from lmworks.model.pretrained import Pretrained
+from lmworks.train.memory import keep_freed_memory
 from lmworks.train.rate import bf16_is_fast
 from lmworks.train.recipe import Train
 from lmworks.train.slots import Probe
@@ -61,6 +62,8 @@ def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Call
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device, dtype = torch.device(recipe.device), DTYPES[recipe.precision]
+    if device.type == "cpu":
+        keep_freed_memory()
     prepared = recipe.data.prepare(seed=recipe.seed, progress=progress, resume=resume)
     config = fit_vocabulary(recipe.model, prepared.tokenizer.vocab_size)
     model = config.build(dtype=dtype, device=device)

@@ -13,6 +13,7 @@ from lmworks.core.files import write_json
 from lmworks.core.journal import Journal, rewind, rows
 from lmworks.core.recipe import table_of
 from lmworks.core.run import RunFolder, fresh, record_of
+from lmworks.model.checkpoint import write_shape
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
 from lmworks.train.curves import draw
@@ -81,6 +82,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
     built = build(recipe, progress=report.preparing, resume=None if snapshot is None else snapshot.state["source"])
     folder.create(recipe)
     built.prepared.tokenizer.save(folder.tokenizer)
+    write_shape(folder.path, built.model.config)
     with StopRequest(minutes=recipe.max_minutes) as stop:
         Loop(built, folder, report, parent=checkpoint).run(snapshot, stop)
     return folder
