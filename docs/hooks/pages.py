@@ -50,7 +50,7 @@ def _help(group: typing.Any, context: typing.Any, before: str) -> Iterator[str]:
     for verb in group.list_commands(context):
         command = group.get_command(context, verb)
         below = command.make_context(verb, [], parent=context, resilient_parsing=True)
-        below.terminal_width = 96
+        below.terminal_width = 82
         yield from (f"## {before} {verb}", "", "```text", command.get_help(below).rstrip(), "```", "")
         if hasattr(command, "list_commands"):
             yield from _help(command, below, f"{before} {verb}")
