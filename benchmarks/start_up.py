@@ -1,6 +1,6 @@
 """How long a person waits for `lmworks --help` and `lmworks methods`: the bar is 0.3 s for help.
 
-    python benchmarks/start_up.py --runs 20
+python benchmarks/start_up.py --runs 20
 """
 
 from __future__ import annotations

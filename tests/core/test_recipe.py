@@ -143,6 +143,22 @@ def test_setting_another_part_drops_the_settings_of_the_old_one() -> None:
     assert table["optimizer"] == {"use": "lion", "lr": 1e-4}
 
 
+def test_another_size_drops_the_settings_of_the_old_shape() -> None:
+    size = {"model": {"size": "llama-1m"}}
+    table = recipes.apply_sets(SMALL, ["model.size=llama-1m"])
+    assert table["model"] == size["model"]
+    assert recipes.merge({"model": {"use": "decoder", "n_layers": 2}}, size) == size
+    assert recipes.decode(table).model.hidden_size != SMALL["model"]["hidden_size"]
+
+
+def test_a_file_without_an_ending_does_not_hide_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("not a recipe")
+    assert recipes.load("quickstart", verb="train").do == "train"
+
+
 @pytest.mark.parametrize("item", ["steps", "=3", "data.readers.7.weight=1", "steps.deep=1"])
 def test_a_bad_set_is_refused(item: str) -> None:
     with pytest.raises(RecipeError):

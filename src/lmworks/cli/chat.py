@@ -23,7 +23,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="The same seed, settings and words give the same answers.")] = 0,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU. fp16 is about twice as fast on a CPU."),
+        typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
 ) -> None:

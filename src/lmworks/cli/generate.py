@@ -26,7 +26,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed and settings give the same text.")] = 0,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU. fp16 is about twice as fast on a CPU."),
+        typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON when everything is written.")] = False,

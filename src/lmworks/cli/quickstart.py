@@ -17,7 +17,6 @@ import typer
 from lmworks.cli.console import answer, clock, count, say, table
 
 RECIPE = "quickstart"
-PROMPT = "def read_"
 
 
 def quickstart(
@@ -41,15 +40,14 @@ def quickstart(
     sets = [word for item in set_ or [] for word in ("--set", item)]
     command = [sys.executable, "-m", "lmworks", "train", RECIPE, "--run", str(folder.path), *sets]
     _plan(set_ or [])
-    say("\n1. Train. This process will be killed half-way, without warning (SIGKILL).")
+    say("\n1. Train. After a checkpoint this process will be killed without warning (SIGKILL).")
     seen = _train_until_killed(command, folder)
     say(f"\n2. Killed at step {seen.step}, newest checkpoint of step {seen.checkpoint}. The same command goes on.")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    _resume(command, folder)
     same = seen.compare(folder)
     say(f"   {same} steps ran twice, before the kill and after the resume: their losses are equal to the last bit.")
     say("\n3. Sample.")
-    text = _sample(folder)
-    say(PROMPT + text)
+    say(_sample(folder))
     say("\n4. Export to a Hugging Face folder, reload it in a fresh process, compare the logits.")
     proof = _export(folder)
     found = _result(folder, seen=seen, same=same, proof=proof, seconds=time.monotonic() - begun)
@@ -79,7 +77,8 @@ def _plan(sets: list[str]) -> None:
     rows, length = recipe.batch_size, recipe.data.sequence_length
     tokens = count(recipe.steps * rows * length)
     say(f"Plan: {recipe.steps} steps of {rows} x {length} tokens = {tokens} tokens")
-    say("      of the Python standard library's own sources and documents, with a tokenizer trained on them.")
+    readers = ", ".join(reader.label for reader in recipe.data.readers)
+    say(f"      of the text of {readers}; the tokenizer is trained on the same text.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +126,13 @@ def _train_until_killed(command: list[str], folder: Any) -> Killed:
             if saved and max(found, default=0) >= step_of(saved[-1]) + 5:
                 break
         else:
+            if child.returncode == 0:
+                step = "more steps, or more frequent checkpoints: --set checkpoints.every=N"
+                raise LmworksError(
+                    "the training ended before it could be killed", where=str(folder.path), next_step=step
+                )
             raise LmworksError(
-                f"the training ended by itself with exit code {child.returncode} before it could be killed",
-                where=str(folder.path),
-                next_step="more steps, or more frequent checkpoints: --set checkpoints.every=N",
+                f"the training failed with exit code {child.returncode}, see above", where=str(folder.path)
             )
     finally:
         if child.poll() is None:
@@ -140,10 +142,21 @@ def _train_until_killed(command: list[str], folder: Any) -> Killed:
     return Killed(step=max(found), checkpoint=step_of(complete(folder.checkpoints)[-1]), rows=found)
 
 
+def _resume(command: list[str], folder: Any) -> None:
+    from lmworks.core.errors import LmworksError
+
+    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    if code != 0:
+        raise LmworksError(
+            f"the training failed with exit code {code} after the kill, see above", where=str(folder.path)
+        )
+
+
 def _sample(folder: Any) -> str:
     from lmworks.core.journal import rows
 
-    return str(list(rows(folder.samples))[-1]["text"])
+    last = list(rows(folder.samples))[-1]
+    return f"{last['prompt']}{last['text']}"
 
 
 def _export(folder: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ def home() -> Path:
     """$LMWORKS_HOME, or lmworks/ below the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
     named = os.environ.get("LMWORKS_HOME")
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmworks"
 
 

@@ -61,10 +61,10 @@ def recipes_folder() -> Path:
 
 
 def find(name: str, verb: str | None = None) -> Path:
-    """The recipe file meant by a path, or by the name of a shipped recipe ('train/llama-3m' or 'llama-3m')."""
+    """The recipe file meant by a path that ends in .toml, or by the name of a shipped recipe ('train/quickstart')."""
     shipped = recipes_folder()
-    tries = [Path(name), shipped / name, shipped / f"{name}.toml"]
-    if verb is not None:
+    tries = [Path(name), shipped / name] if name.endswith(".toml") else [shipped / f"{name}.toml"]
+    if verb is not None and not name.endswith(".toml"):
         tries.append(shipped / verb / f"{name}.toml")
     for path in tries:
         if path.is_file():
@@ -92,19 +92,19 @@ def read(path: Path) -> Table:
 
 
 def merge(under: Table, over: Table) -> Table:
-    """`over` on top of `under`. A table that names another part (`use`) replaces; any other table is merged by key."""
+    """`over` on top of `under`. A table that names another part or size replaces; any other table is merged by key."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        if (
-            isinstance(value, dict)
-            and isinstance(below, dict)
-            and value.get("use", below.get("use")) == below.get("use")
-        ):
+        if isinstance(value, dict) and isinstance(below, dict) and not _names_another(value, below):
             merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _names_another(over: Table, under: Table) -> bool:
+    return any(over.get(name, under.get(name)) != under.get(name) for name in ("use", "size"))
 
 
 def apply_sets(table: Table, sets: Sequence[str]) -> Table:
@@ -157,8 +157,8 @@ def _with(node: Any, keys: list[str], value: Any, path: str, problems: list[Prob
         problems.append(Problem(path=path, text=f"'{key}' would be inside {node!r}, which is not a table"))
         return node
     table = dict(node or {})
-    if key == "use" and not rest and table.get("use") != value:
-        table = {}  # another part has other settings
+    if key in ("use", "size") and not rest and table.get(key) != value:
+        table = {}  # another part, or another size, has other settings
     table[key] = _with(table.get(key), rest, value, path, problems)
     return table
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lmworks.core import files
 from lmworks.core.errors import DataError
+from lmworks.core.home import home
 
 MANIFEST = "manifest.json"
 """Written last. A folder without it is not complete."""
@@ -20,8 +21,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_folder(setting: str | None) -> Path:
-    """The folder of a recipe's `cache` setting; none: $LMWORKS_HOME, or ~/.cache/lmworks."""
-    return Path(setting or os.environ.get("LMWORKS_HOME") or "~/.cache/lmworks").expanduser()
+    """The folder of a recipe's `cache` setting; none: lmworks' own."""
+    return Path(setting).expanduser() if setting else home()
 
 
 @contextmanager

