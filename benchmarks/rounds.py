@@ -14,9 +14,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cases import ARMS, CASES, LOAD_LIMIT, PRODUCT
+from cases import ARMS, CASES, LOAD_LIMIT, PRODUCT, Arm
 from peers.job import Job, OtherLoad
 from verdicts import Run, step_seconds
+
+from lmworks.cli.app import SPIN
 
 HERE = Path(__file__).resolve().parent
 TRIES = 3
@@ -151,7 +153,7 @@ def run_once(plan: Plan, case: str, precision: str, arm: str) -> dict[str, Any]:
                 command,
                 input=job.text(),
                 cwd=HERE,
-                env={**os.environ, **plan.environment},
+                env=environment_of(part, plan),
                 capture_output=True,
                 text=True,
                 timeout=RUN_LIMIT_SECONDS,
@@ -163,6 +165,14 @@ def run_once(plan: Plan, case: str, precision: str, arm: str) -> dict[str, Any]:
             return {"failed": (done.stderr or done.stdout).strip()[-2000:] or f"exit {done.returncode}, no result"}
         found: dict[str, Any] = json.loads(result.read_text())
         return found
+
+
+def environment_of(part: Arm, plan: Plan) -> dict[str, str]:
+    """The plan's variables for all; for lmworks also the one that its command sets before torch is loaded."""
+    found = {**os.environ, **plan.environment}
+    if part.module == "lmworks_train" and "OMP_WAIT_POLICY" not in found:
+        found.setdefault("GOMP_SPINCOUNT", SPIN)
+    return found
 
 
 def interpreters(litgpt: Path | None) -> dict[str, str]:

@@ -158,6 +158,7 @@ class Timeline:
             "other_load": self._load.read(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "GOMP_"))},
             **self._facts,
             **facts,
         }

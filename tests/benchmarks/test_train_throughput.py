@@ -250,6 +250,20 @@ def test_time_left_counts_what_is_still_to_run() -> None:
     assert clock.left() == "0:40 left"
 
 
+def test_lmworks_gets_the_environment_that_its_command_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_throughput
+    from cases import ARMS
+    from rounds import environment_of
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    quiet, _ = train_throughput.plan_of(train_throughput.arguments([]))
+    loaded, _ = train_throughput.plan_of(train_throughput.arguments(["--allow-load"]))
+    assert "GOMP_SPINCOUNT" in environment_of(ARMS["lmworks"], quiet)
+    assert "GOMP_SPINCOUNT" not in environment_of(ARMS["plain"], quiet)
+    assert "GOMP_SPINCOUNT" not in environment_of(ARMS["lmworks"], loaded)
+
+
 @pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--shapes", "1t"], ["--arm", "lmworks"]])
 def test_a_wrong_option_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     import train_throughput
