@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,17 @@ def test_bf16_learns_and_keeps_float32_weights(text: Path, cache: Path, tmp_path
     losses = [row["loss"] for row in rows(folder.metrics) if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
     assert {str(t.dtype) for t in weights(folder).values()} == {"torch.float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own, by the dozen
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_give_the_same_losses(text: Path, cache: Path, tmp_path: Path) -> None:
+    eager, _ = toy.train(toy.recipe(text, cache, steps=4, checkpoints={}), tmp_path / "a")
+    made = toy.recipe(text, cache, steps=4, checkpoints={}, compile=True, samples={"prompts": ["li"], "tokens": 3})
+    compiled, _ = toy.train(made, tmp_path / "b")
+    a, b = ([row["loss"] for row in rows(folder.metrics) if "loss" in row] for folder in (eager, compiled))
+    assert b == pytest.approx(a, abs=1e-4)
 
 
 def test_recompute_gives_the_same_losses(text: Path, cache: Path, tmp_path: Path) -> None:

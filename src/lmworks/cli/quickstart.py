@@ -39,9 +39,9 @@ def quickstart(
     folder = _free(run, again=again)
     sets = [word for item in set_ or [] for word in ("--set", item)]
     command = [sys.executable, "-m", "lmworks", "train", RECIPE, "--run", str(folder.path), *sets]
-    _plan(set_ or [])
-    say("\n1. Train. After a checkpoint this process will be killed without warning (SIGKILL).")
-    seen = _train_until_killed(command, folder)
+    steps = _plan(set_ or [])
+    say("\n1. Train. Half-way this process will be killed without warning (SIGKILL).")
+    seen = _train_until_killed(command, folder, after=steps // 2)
     say(f"\n2. Killed at step {seen.step}, newest checkpoint of step {seen.checkpoint}. The same command goes on.")
     _resume(command, folder)
     same = seen.compare(folder)
@@ -69,8 +69,8 @@ def _free(run: Path, *, again: bool) -> Any:
     return folder
 
 
-def _plan(sets: list[str]) -> None:
-    """What is about to be trained, told before it starts."""
+def _plan(sets: list[str]) -> int:
+    """Tell what is about to be trained; returns its number of steps."""
     from lmworks.core import recipe as recipes
 
     recipe = recipes.load(RECIPE, verb="train", sets=sets)
@@ -79,6 +79,7 @@ def _plan(sets: list[str]) -> None:
     say(f"Plan: {recipe.steps} steps of {rows} x {length} tokens = {tokens} tokens")
     readers = ", ".join(reader.label for reader in recipe.data.readers)
     say(f"      of the text of {readers}; the tokenizer is trained on the same text.")
+    return int(recipe.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,8 @@ def _rows(folder: Any) -> dict[int, tuple[float, float]]:
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows(folder.metrics) if "loss" in row}
 
 
-def _train_until_killed(command: list[str], folder: Any) -> Killed:
-    """Start the training, let it get some steps past a checkpoint, kill it."""
+def _train_until_killed(command: list[str], folder: Any, *, after: int) -> Killed:
+    """Start the training, let it get some steps past a checkpoint that is not before step `after`, kill it."""
     from lmworks.core.errors import LmworksError
     from lmworks.train.save import complete, step_of
 
@@ -121,7 +122,7 @@ def _train_until_killed(command: list[str], folder: Any) -> Killed:
     try:
         while child.poll() is None:
             time.sleep(0.1)
-            saved = complete(folder.checkpoints)
+            saved = [path for path in complete(folder.checkpoints) if step_of(path) >= after]
             found = _rows(folder) if saved else {}
             if saved and max(found, default=0) >= step_of(saved[-1]) + 5:
                 break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,8 @@ class Backbone(nn.Module):
         self.dtype = dtype
         self.rotary = rotary
         self.takes_tokens = True
+        self.compiled_blocks = False
+        """Set by `compile_blocks`: reaches are then those of the plain forms, which compiled blocks run."""
         self.embed: Embedding | None = embed
         self.positions: Embedding | None = positions
         self.blocks = nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
@@ -68,7 +72,8 @@ class Backbone(nn.Module):
         x_BTD = self.embed(tokens_BT) if self.embed is not None and self.takes_tokens else tokens_BT
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
-        frame = self._frame(batch, new, positions_BT, documents_BT, cache)
+        with ops.plain_forms() if self.compiled_blocks else nullcontext():
+            frame = self._frame(batch, new, positions_BT, documents_BT, cache)
         for name, block in self.blocks.items():
             x_BTD = block(x_BTD, frame, cache.blocks[name] if cache is not None else None)
         if cache is not None:
@@ -105,6 +110,12 @@ class Backbone(nn.Module):
         }
         rope = self.rotary.tables(positions_BT) if self.rotary is not None else None
         return Frame(rope=rope, reaches=reaches)
+
+    def compile_blocks(self) -> None:
+        """Compile each block on its own, when it first runs. Names of parameters stay as they are."""
+        self.compiled_blocks = True
+        for block in self.blocks.values():
+            block.compile()
 
     def head_weight(self) -> Tensor:
         """(V, D): the matrix that turns hidden states into logits, the token table itself when tied."""

@@ -73,8 +73,7 @@ def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Call
         initialise(model, seed_for(recipe.seed, "weights"))
     recipe.saved.apply(model)
     if recipe.compile:
-        for block in model.get_submodule("blocks").children():
-            block.compile()
+        model.compile_blocks()
     probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"))
     step = Step(
         model=model,
