@@ -59,7 +59,7 @@ def table(evidence: dict[str, Any]) -> str:
         "speed": f"{_spread(runs, 'tokens_per_second')} tokens/s",
         "peak memory": f"{_spread(runs, 'peak_memory_GiB')} GiB",
         "killed and resumed": f"{first['steps_run_twice_bitwise_equal']} steps run twice, equal to the last bit",
-        "export": f"largest difference of a logit after the reload: {first['export_largest_logit_difference']}",
+        "export": f"largest difference of a logit after the reload: {first['export_largest_logit_difference']:.1e}",
         "time": f"{_clock(runs)} (minutes:seconds) after the installation",
     }
     lines = [
@@ -76,6 +76,8 @@ def table(evidence: dict[str, Any]) -> str:
 def _spread(runs: list[Run], key: str) -> str:
     values = [run[key] for run in runs]
     middle = statistics.median(values)
+    if all(isinstance(value, int) for value in values):
+        middle = round(middle)
     if len(set(values)) == 1:
         return f"{middle:,}"
     return f"{middle:,} ({min(values):,} to {max(values):,})"
@@ -83,7 +85,7 @@ def _spread(runs: list[Run], key: str) -> str:
 
 def _clock(runs: list[Run]) -> str:
     clocks = sorted((run["minutes"] for run in runs), key=_seconds)
-    return str(clocks[len(clocks) // 2])
+    return clocks[0] if clocks[0] == clocks[-1] else f"{clocks[0]} to {clocks[-1]}"
 
 
 def _seconds(clock: str) -> int:
