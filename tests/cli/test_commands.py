@@ -114,6 +114,15 @@ def test_train_ends_with_the_run_folder_and_goes_on_when_asked_again(lmworks, tm
     assert "already done" in again.err
 
 
+def test_a_machine_that_refuses_is_told_without_a_trace(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text = toy.corpus(tmp_path / "text")
+    (tmp_path / "out").write_text("a file where a folder should be")
+    answer = lmworks("tokenizer", "train", str(text / "*.txt"), "--vocab-size", "300", "--out", "out/tok")
+    assert answer.code == 1
+    assert "Not a directory" in answer.err
+    assert "Traceback" not in answer.err
+
+
 def test_a_new_tokenizer_is_trained_and_shown(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     text = toy.corpus(tmp_path / "text")
     made = json.loads(

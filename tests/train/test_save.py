@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,30 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path
         checkpoints.save(2, snapshot(2))
         checkpoints.wait()
     assert [save.step_of(p) for p in save.complete(tmp_path / "gone")] == [1]
+
+
+@pytest.fixture
+def little_room(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(little_room: Path, background: bool) -> None:
+    checkpoints = saved(little_room, [1], background=background)
+    large = Snapshot(tensors={"model": {"w": torch.zeros(1 << 16)}}, state={})
+    with pytest.raises(CheckpointError, match="disk full") as caught:  # noqa: PT012  (a background write fails at wait)
+        checkpoints.save(2, large)
+        checkpoints.wait()
+    assert "resumes from the newest complete checkpoint" in str(caught.value)
+    assert sorted(p.name for p in little_room.iterdir()) == ["step-00000001"]
+    assert save.read(little_room / "step-00000001").state == {"step": 1}
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

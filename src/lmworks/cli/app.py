@@ -64,6 +64,9 @@ def main() -> None:
     except LmworksError as error:
         typer.echo(f"lmworks: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that went away: the machine's state, not our bug
+        typer.echo(f"lmworks: {error.filename or 'the machine'}: {error.strerror or error}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("lmworks: interrupted", err=True)
         sys.exit(130)
