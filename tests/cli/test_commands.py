@@ -8,59 +8,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from lmworks.cli import app as commands
 from lmworks.core import catalogue
+from tests.cli.conftest import Command
 from tests.train import toy
 
 
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def lmworks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]  # a fixture that is a function
-    """Run the command line in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["lmworks", *words])
-        try:
-            commands.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Answer(code, captured.out, captured.err)
-
-    return call
-
-
 @pytest.mark.parametrize("verb", sorted(commands.VERBS))
-def test_every_verb_has_help_with_an_example(lmworks, verb: str) -> None:  # type: ignore[no-untyped-def]
+def test_every_verb_has_help_with_an_example(lmworks: Command, verb: str) -> None:
     answer = lmworks(verb, "--help")
     assert answer.code == 0
     assert re.search(r"Example: .*lmworks", answer.out)
 
 
-def test_no_verb_shows_help_and_all_verbs(lmworks) -> None:  # type: ignore[no-untyped-def]
+def test_no_verb_shows_help_and_all_verbs(lmworks: Command) -> None:
     answer = lmworks()
     assert answer.code in (0, 2)
     assert all(verb in answer.out + answer.err for verb in commands.VERBS)
 
 
-def test_a_wrong_verb_is_a_usage_error(lmworks) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_verb_is_a_usage_error(lmworks: Command) -> None:
     answer = lmworks("trian")
     assert answer.code == 2
     assert "train" in answer.err
 
 
-def test_methods_lists_every_part(lmworks) -> None:  # type: ignore[no-untyped-def]
+def test_methods_lists_every_part(lmworks: Command) -> None:
     listed = json.loads(lmworks("methods", "--json").out)
     assert {(row["slot"], row["name"]) for row in listed} == {
         (slot, name) for slot, shelf in catalogue.SLOTS.items() for name in shelf.parts
@@ -69,7 +45,7 @@ def test_methods_lists_every_part(lmworks) -> None:  # type: ignore[no-untyped-d
     assert {row["slot"] for row in only} == {"optimizer"}
 
 
-def test_methods_shows_the_settings_of_a_part(lmworks) -> None:  # type: ignore[no-untyped-def]
+def test_methods_shows_the_settings_of_a_part(lmworks: Command) -> None:
     answer = lmworks("methods", "adamw")
     assert answer.code == 0
     assert re.search(r"^weight_decay +0\.1 ", answer.out, re.MULTILINE)
@@ -86,21 +62,21 @@ def test_methods_shows_the_settings_of_a_part(lmworks) -> None:  # type: ignore[
         (("train", "quickstart", "--set", "device=tpu"), "device"),
     ],
 )
-def test_a_mistake_ends_with_a_message_and_exit_code_2(lmworks, words: tuple[str, ...], wanted: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_mistake_ends_with_a_message_and_exit_code_2(lmworks: Command, words: tuple[str, ...], wanted: str) -> None:
     answer = lmworks(*words)
     assert answer.code == 2
     assert wanted in answer.err
     assert "Traceback" not in answer.err
 
 
-def test_check_prints_the_resolved_recipe_and_runs_nothing(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_check_prints_the_resolved_recipe_and_runs_nothing(lmworks: Command, tmp_path: Path) -> None:
     answer = lmworks("train", "quickstart", "--check", "--set", "steps=77", "--set", "schedule.warmup=1")
     assert answer.code == 0
     assert "steps = 77" in answer.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_ends_with_the_run_folder_and_goes_on_when_asked_again(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_train_ends_with_the_run_folder_and_goes_on_when_asked_again(lmworks: Command, tmp_path: Path) -> None:
     import tomli_w
 
     text = toy.corpus(tmp_path / "text")
@@ -114,7 +90,7 @@ def test_train_ends_with_the_run_folder_and_goes_on_when_asked_again(lmworks, tm
     assert "already done" in again.err
 
 
-def test_a_machine_that_refuses_is_told_without_a_trace(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_machine_that_refuses_is_told_without_a_trace(lmworks: Command, tmp_path: Path) -> None:
     text = toy.corpus(tmp_path / "text")
     (tmp_path / "out").write_text("a file where a folder should be")
     answer = lmworks("tokenizer", "train", str(text / "*.txt"), "--vocab-size", "300", "--out", "out/tok")
@@ -123,7 +99,7 @@ def test_a_machine_that_refuses_is_told_without_a_trace(lmworks, tmp_path: Path)
     assert "Traceback" not in answer.err
 
 
-def test_a_new_tokenizer_is_trained_and_shown(lmworks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_new_tokenizer_is_trained_and_shown(lmworks: Command, tmp_path: Path) -> None:
     text = toy.corpus(tmp_path / "text")
     made = json.loads(
         lmworks("tokenizer", "train", str(text / "*.txt"), "--vocab-size", "300", "--out", "tok", "--json").out
@@ -134,7 +110,7 @@ def test_a_new_tokenizer_is_trained_and_shown(lmworks, tmp_path: Path) -> None: 
     assert lmworks("tokenizer", "train", "--out", "tok").code == 2
 
 
-def test_the_doctor_finds_training_in_order(lmworks) -> None:  # type: ignore[no-untyped-def]
+def test_the_doctor_finds_training_in_order(lmworks: Command) -> None:
     answer = lmworks("doctor", "--json")
     found = {row["what"]: row["state"] for row in json.loads(answer.out)}
     assert found["python"] == found["training"] == found["cache"] == "ok"

@@ -60,7 +60,7 @@ def make_once(folder: Path, build: Callable[[Path], None], *, waiting: Callable[
             with speaking(folder):
                 temporary.mkdir()
                 build(temporary)
-                files.sync_folder(temporary)
+                files.sync(temporary)
                 _rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -74,7 +74,7 @@ def _rename(temporary: Path, folder: Path) -> None:
     except OSError:
         if not (folder / MANIFEST).is_file():  # another process was first: its bytes are the same
             raise
-    files.sync_folder(folder.parent)
+    files.sync(folder.parent)
 
 
 @contextmanager

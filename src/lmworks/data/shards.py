@@ -198,7 +198,7 @@ class _Writer:
         for name, (values, dtype) in columns.items():
             path = self._folder / f"{name}.npy"
             np.save(path, np.array(values, dtype=dtype), allow_pickle=False)
-            files.sync_file(path)
+            files.sync(path)
             self._written.append({"file": path.name, "size": path.stat().st_size, "sha256": files.sha256_of(path)})
         contents = digest([[entry["file"], entry["sha256"]] for entry in self._written])
         counts = {"tokens": sum(self._lengths), "bytes": sum(self._bytes), "dtype": self._dtype.str}
@@ -227,7 +227,7 @@ class _HashedFile:
 
     def close(self) -> dict[str, Any]:
         self.file.close()
-        files.sync_file(self._path)
+        files.sync(self._path)
         return {"file": self._path.name, "size": self._size, "sha256": self._digest.hexdigest()}
 
 

@@ -65,12 +65,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
-            files.sync_file(file)
-        files.sync_folder(temporary)
+            files.sync(file)
+        files.sync(temporary)
         if path.exists():
             path.rmdir()
         temporary.rename(path)
-        files.sync_folder(path.parent)
+        files.sync(path.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         raise ExportError(f"cannot be written: {'disk full' if full else error}", where=str(path)) from error

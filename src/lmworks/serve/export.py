@@ -15,6 +15,7 @@ from tokenizers import processors
 from lmworks.core import files
 from lmworks.core.errors import ExportError
 from lmworks.data.tokenizer import Tokenizer, load_tokenizer
+from lmworks.generate.writer import DTYPES
 from lmworks.model import hf
 from lmworks.model.backbone import Backbone
 from lmworks.model.checkpoint import Located, load, locate
@@ -22,7 +23,6 @@ from lmworks.model.hf_write import new_folder, write
 from lmworks.serve.card import card_of
 from lmworks.serve.proof import TOLERANCE, prove, token_rows
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5_000_000_000
 
 

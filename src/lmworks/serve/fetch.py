@@ -21,11 +21,12 @@ from lmworks.core.errors import CheckpointError, LmworksError, UsageError, did_y
 from lmworks.core.home import models_folder
 from lmworks.core.need import need
 from lmworks.data.tokenizer import load_tokenizer
+from lmworks.generate.writer import DTYPES
 from lmworks.model import hf
 from lmworks.model.gguf import GGUFModel
 from lmworks.model.hf_write import TOKENIZER_FILES, new_folder, write
 from lmworks.serve.card import card_of
-from lmworks.serve.export import DTYPES, SHARD_BYTES
+from lmworks.serve.export import SHARD_BYTES
 from lmworks.serve.proof import prove, token_rows
 
 

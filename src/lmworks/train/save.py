@@ -102,7 +102,7 @@ class Checkpoints:
             if final.exists():  # from an attempt that went further than the checkpoint this one resumed from
                 _remove(final)
             temporary.rename(final)
-            files.sync_folder(self.folder)
+            files.sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             full = (
@@ -129,13 +129,13 @@ def write(folder: Path, snapshot: Snapshot) -> None:
     for name, tensors in snapshot.tensors.items():
         path = folder / f"{name}.safetensors"
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-        files.sync_file(path)
+        files.sync(path)
         listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
     path = folder / "state.json"
     files.write_json(path, snapshot.state)
     listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
     files.write_json(folder / "manifest.json", {"format": FORMAT, "files": listed})
-    files.sync_folder(folder)
+    files.sync(folder)
 
 
 def _remove(path: Path) -> None:
