@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +256,23 @@ def test_recompute_gives_the_same_losses(text: Path, cache: Path, tmp_path: Path
     assert learned(keep) == learned(again)
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(text: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(
+    text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = save.write
+
+    def slowly(folder: Path, snapshot: save.Snapshot) -> None:  # as on a busy disk: the loss explodes meanwhile
+        time.sleep(0.5)
+        written(folder, snapshot)
+
+    monkeypatch.setattr(save, "write", slowly)
     made = toy.recipe(
         text, cache, optimizer={"use": "sgd", "lr": 1e18}, gradient=[], schedule="constant", checkpoints={"every": 1}
     )
     with pytest.raises(LmworksError, match="not made"):
         toy.train(made, tmp_path / "run")
     assert save.complete(tmp_path / "run" / "checkpoints")
+    assert list(rows(tmp_path / "run" / "metrics.jsonl")), "the rows before the explosion are on disk"
 
 
 def test_a_folder_that_cannot_be_written_says_so(text: Path, cache: Path, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from lmworks.core.errors import Stopped, UsageError
+from lmworks.core.errors import LmworksError, Stopped, UsageError
 from lmworks.core.events import Events
 from lmworks.core.files import write_json
 from lmworks.core.journal import Journal, rewind, rows
@@ -113,6 +114,20 @@ class Loop:
     def run(self, snapshot: save.Snapshot | None, stop: StopRequest) -> None:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
         self._open(snapshot)
+        try:
+            why = self._steps(stop)
+        except BaseException:
+            with suppress(OSError, LmworksError):  # the first error is the one to tell
+                self._close()
+            raise
+        self._close()
+        if why is not None:
+            where = f"step {self.progress.step} of {self.recipe.steps}"
+            raise Stopped(f"stopped at {where}: {why}", next_step="the same command goes on")
+        write_json(self.folder.summary, self._summary())
+
+    def _steps(self, stop: StopRequest) -> str | None:
+        """Steps until the end, or until a signal or the time limit: its reason."""
         progress, recipe = self.progress, self.recipe
         self.report.begin(progress.step, recipe.steps)
         while progress.step < recipe.steps and progress.stopped is None:
@@ -125,12 +140,8 @@ class Loop:
             if _due(recipe.checkpoints.every, progress.step) or at_end or why is not None:
                 self._save()
             if why is not None and not at_end:
-                self._close()
-                raise Stopped(
-                    f"stopped at step {progress.step} of {recipe.steps}: {why}", next_step="the same command goes on"
-                )
-        self._close()
-        write_json(self.folder.summary, self._summary())
+                return why
+        return None
 
     def _step(self) -> StepRecord:
         """One step, its row in metrics.jsonl, and a validation when one is due."""
