@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmworks.data.tokenizer import Bpe
 from lmworks.model import hf
 from lmworks.model.checkpoint import load
 from tests.cli.conftest import Command
@@ -96,6 +97,18 @@ def test_eval_refuses_text_that_is_not_utf8(lmworks: Command, run: Path, tmp_pat
     assert "a.txt: is not UTF-8: byte 3 is 0xff" in found.err
 
 
+@pytest.mark.parametrize("words", [("eval", "--text", "a.txt"), ("generate", "--prompt", "x"), ("export", "out")])
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(
+    lmworks: Command, run: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "a.txt").write_text("one two three " * 90)
+    Bpe(vocab_size=300).make(["one two three " * 90]).save(run / "tokenizer")
+    verb, *rest = words
+    found = lmworks(verb, str(run), *rest)
+    assert found.code == 1
+    assert "tokens, the model has rows for 257" in found.err
+
+
 def test_eval_of_a_run_and_of_its_folder_agree(lmworks: Command, run: Path, chatty: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three " * 9)
     first, second = (json.loads(lmworks("eval", str(m), "--text", "a.txt", "--json").out) for m in (run, chatty))
@@ -142,6 +155,9 @@ def test_fetch_without_a_hub_says_what_to_do(lmworks: Command) -> None:
         (("generate", "run", "--prompt", "x", "--temperature", "-1"), "temperature"),
         (("generate", "run", "--prompt", "x", "--precision", "int3"), "precision"),
         (("eval", "run", "--text", "a.txt", "--context", "1000"), "1 to 64"),
+        (("eval", "run", "--text", "a.txt", "--device", "tpu"), "device"),
+        (("generate", "run", "--prompt", "x", "--device", "tpu"), "device"),
+        (("chat", "run", "--device", "tpu"), "device"),
     ],
 )
 def test_settings_outside_their_range_end_with_exit_2(

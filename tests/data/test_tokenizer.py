@@ -208,3 +208,15 @@ def test_bad_files_are_data_errors(tmp_path: Path, content: str | None, message:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=message):
         TokenizerFile(path=str(tmp_path)).make()
+
+
+def test_a_tokenizer_extends_another_when_all_its_tokens_are_there_with_their_ids() -> None:
+    ours, theirs = Bytes().make([]), Bpe(vocab_size=300).make(["one two three four " * 50])
+    with pytest.raises(DataError, match=r"'!' is 1 there, 34 here") as caught:
+        ours.must_extend(theirs, where="models/first")
+    assert 'path = "models/first"' in str(caught.value)
+    theirs.must_extend(theirs, where="models/first")
+    fewer = Bpe(vocab_size=257).make([""])
+    theirs.must_extend(fewer, where="models/first")
+    with pytest.raises(DataError, match="here"):
+        fewer.must_extend(theirs, where="models/first")

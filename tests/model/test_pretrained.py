@@ -114,6 +114,39 @@ def test_pretrained_is_a_part_of_a_recipe(tmp_path: Path) -> None:
     assert part.cost(sequence=8).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
+def recipe_with(model: dict[str, object], length: int, tokenizer: object) -> dict[str, object]:
+    return {
+        "do": "train",
+        "steps": 1,
+        "batch_size": 1,
+        "optimizer": {"use": "adamw", "lr": 1e-3},
+        "model": model,
+        "data": {"readers": ["python-stdlib"], "sequence_length": length, "tokenizer": tokenizer},
+    }
+
+
+GPT2 = {"use": "gpt2", "n_layers": 1, "hidden_size": 32, "n_heads": 4, "ffn_size": 48, "max_position": 64}
+
+
+def test_rows_longer_than_a_position_table_are_a_problem_of_the_recipe(tmp_path: Path) -> None:
+    recipe.decode(recipe_with(GPT2, 64, "bytes"))
+    with pytest.raises(RecipeError, match=r"model\.max_position: .* 64 rows, data\.sequence_length is 65; use 64 or"):
+        recipe.decode(recipe_with(GPT2, 65, "bytes"))
+    config = recipe.decode_part("model", GPT2).with_vocab(257)
+    make_run(tmp_path, config)
+    own = {"use": "file", "path": str(tmp_path / "tokenizer")}
+    recipe.decode(recipe_with({"use": "pretrained", "path": str(tmp_path)}, 64, own))
+    with pytest.raises(RecipeError, match=r"model\.path: the position table has 64 rows"):
+        recipe.decode(recipe_with({"use": "pretrained", "path": str(tmp_path)}, 65, own))
+
+
+def test_a_new_tokenizer_for_a_model_that_exists_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(RecipeError, match="'bpe' makes tokens that these weights have not learned") as caught:
+        recipe.decode(recipe_with({"use": "pretrained", "path": str(tmp_path)}, 16, "bpe"))
+    assert f'path = "{tmp_path / "tokenizer"}"' in str(caught.value)
+
+
 def test_a_run_that_began_from_a_model_stands_alone_once_its_shape_is_kept(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base")
     hf.save(base, tmp_path / "hf")

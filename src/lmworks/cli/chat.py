@@ -25,7 +25,7 @@ def chat(
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU."),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU when there is one.")] = "auto",
 ) -> None:
     """Talk with a model. One line is one message; /new forgets the conversation, an empty line or Ctrl-D ends it.
 

@@ -19,7 +19,7 @@ def eval(  # noqa: A001  (the verb's name)
     context: Annotated[int | None, typer.Option(help="Tokens of a window. Default: the model's, at most 2048.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a window moves on. Default: half of the context.")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: fp32 on a CPU.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU when there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
 ) -> None:
     """Loss per token, bits per byte and perplexity of a model on text files; every token counts once.

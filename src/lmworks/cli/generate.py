@@ -28,7 +28,7 @@ def generate(
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU."),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU when there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON when everything is written.")] = False,
 ) -> None:
     """Go on with a text, shown as it is written.

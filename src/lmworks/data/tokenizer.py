@@ -80,6 +80,21 @@ class Tokenizer:
         for name, text in self._texts.items():
             files.write_text(folder / name, text)
 
+    def must_extend(self, other: Tokenizer, *, where: str) -> None:
+        """Raise DataError unless every token of `other` is here too, with the same id. There may be more tokens."""
+        ours = self._inner.get_vocab(with_added_tokens=True)
+        theirs = other._inner.get_vocab(with_added_tokens=True)
+        differing = [token for token, index in theirs.items() if ours.get(token) != index]
+        if differing:
+            token = min(differing, key=lambda one: theirs[one])
+            here = ours.get(token, "no token")
+            raise DataError(
+                f"{len(differing)} of its {len(theirs)} tokens are others in the recipe's tokenizer: {token!r} is "
+                f"{theirs[token]} there, {here} here",
+                where=where,
+                next_step=f'use the model\'s own: data.tokenizer = {{ use = "file", path = "{where}" }}',
+            )
+
     @cached_property
     def pieces(self) -> list[bytes] | None:
         """The bytes that each id stands for (none for special ones); None where ids do not stand for fixed bytes."""
@@ -165,7 +180,7 @@ class Bpe(TokenizerPart):
         return self.sample_bytes
 
     def make(self, sample: Sequence[str]) -> Tokenizer:
-        """Train on the sample. About one second for 5 MB and 8192 tokens."""
+        """Train on the sample."""
         inner = _byte_level(models.BPE(), split_digits=self.split_digits)
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,

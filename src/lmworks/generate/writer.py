@@ -12,7 +12,7 @@ from typing import Literal
 import tokenizers
 import torch
 
-from lmworks.core.errors import UsageError
+from lmworks.core.errors import CheckpointError, UsageError
 from lmworks.data.tokenizer import Tokenizer, load_tokenizer
 from lmworks.generate.chat import ChatTemplate, Message, load_template
 from lmworks.generate.engine import Engine
@@ -21,6 +21,7 @@ from lmworks.model.backbone import Backbone
 from lmworks.model.checkpoint import Located, load, locate
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,7 +91,7 @@ class Writer:
                 yield row, rest, -1
 
 
-def open_writer(path: Path, *, precision: Precision = "auto", device: str = "auto") -> Writer:
+def open_writer(path: Path, *, precision: Precision = "auto", device: Device = "auto") -> Writer:
     """Open a run folder, a checkpoint or a Hugging Face folder, its weights cast once.
 
     'auto': a GPU in bf16 when there is one, otherwise the CPU in fp32.
@@ -98,15 +99,28 @@ def open_writer(path: Path, *, precision: Precision = "auto", device: str = "aut
     where = locate(path)
     place = pick_device(device)
     dtype = DTYPES[precision] if precision != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    tokenizer = load_tokenizer(where.tokenizer)
+    tokenizer = tokenizer_of(where)
     model = load(path, dtype=dtype, device=place, param_dtype=dtype)
     return Writer(where, model, tokenizer, Engine(model, take=True))
 
 
-def pick_device(device: str) -> torch.device:
+def tokenizer_of(where: Located) -> Tokenizer:
+    """The tokenizer of a model. Raises CheckpointError when it has tokens for which the model has no row."""
+    tokenizer = load_tokenizer(where.tokenizer)
+    rows = where.config().vocab_size or 0
+    if tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model has rows for {rows}",
+            where=str(where.tokenizer),
+            next_step="put the tokenizer there that the model was trained with",
+        )
+    return tokenizer
+
+
+def pick_device(device: Device) -> torch.device:
     """'auto' is a GPU when there is one. Raises UsageError for a GPU that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch sees no GPU here", legal="auto, cpu")
     return torch.device(device)

@@ -72,8 +72,9 @@ class GPT2Config:
         )
 
     def check(self, recipe: object) -> Iterator[Problem]:
-        """What is wrong with the settings as a whole."""
+        """What is wrong with the settings as a whole, and rows of the recipe's data that have no position."""
         yield from self._sizes()[1]
+        yield from rows_too_long(recipe, self.max_position, path="max_position")
 
     def with_vocab(self, vocab_size: int) -> GPT2Config:
         """The same shape for another vocabulary."""
@@ -107,6 +108,14 @@ class GPT2Config:
         """The network without values (NaN): computes in `dtype`, keeps parameters in `param_dtype`."""
         with torch.device(device):
             return GPT2(self, dtype=dtype).to(param_dtype)
+
+
+def rows_too_long(recipe: object, rows: int, *, path: str) -> Iterator[Problem]:
+    """A problem when the recipe trains on rows that are longer than a position table of `rows`."""
+    length = getattr(getattr(recipe, "data", None), "sequence_length", None)
+    if isinstance(length, int) and length > rows:
+        text = f"the position table has {rows} rows, data.sequence_length is {length}; use {rows} or less there"
+        yield Problem(path=path, text=text)
 
 
 class Block(nn.Module):

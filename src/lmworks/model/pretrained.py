@@ -10,10 +10,12 @@ from typing import final
 
 import torch
 
+from lmworks.core import catalogue
 from lmworks.core.cost import Cost
-from lmworks.core.errors import Problem, RecipeError
+from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.model.backbone import Backbone
 from lmworks.model.checkpoint import Located, ModelConfig, fill, locate
+from lmworks.model.gpt2 import rows_too_long
 from lmworks.model.sizes import BlockSizes
 
 
@@ -33,6 +35,32 @@ class Pretrained:
     def shape(self) -> ModelConfig:
         """The config of the model that lies there. Raises CheckpointError when it cannot be read."""
         return self._where.config()
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder in which its tokenizer lies, if it has one."""
+        return self._where.tokenizer
+
+    def check(self, recipe: object) -> Iterator[Problem]:
+        """A tokenizer of other tokens than the weights know, and rows that are longer than a position table.
+
+        A folder that is not there yet is no problem of the recipe: `build` says so.
+        """
+        tokenizer = getattr(getattr(recipe, "data", None), "tokenizer", None)
+        name = catalogue.name_of(tokenizer) if tokenizer is not None else "file"
+        try:
+            shape, folder = self.shape, self.tokenizer
+        except LmworksError:
+            shape, folder = None, Path(self.path)
+        if name != "file":
+            text = (
+                f"data.tokenizer '{name}' makes tokens that these weights have not learned; the model's own is"
+                f' data.tokenizer = {{ use = "file", path = "{folder}" }}'
+            )
+            yield Problem(path="path", text=text)
+        rows = dict(shape.shapes()).get("positions.weight") if shape is not None else None
+        if rows is not None:
+            yield from rows_too_long(recipe, rows[0], path="path")
 
     @property
     def vocab_size(self) -> int | None:

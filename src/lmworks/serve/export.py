@@ -13,9 +13,8 @@ import torch
 from tokenizers import processors
 
 from lmworks.core import files
-from lmworks.core.errors import ExportError
-from lmworks.data.tokenizer import Tokenizer, load_tokenizer
-from lmworks.generate.writer import DTYPES
+from lmworks.data.tokenizer import Tokenizer
+from lmworks.generate.writer import DTYPES, tokenizer_of
 from lmworks.model import hf
 from lmworks.model.backbone import Backbone
 from lmworks.model.checkpoint import Located, load, locate
@@ -43,11 +42,8 @@ def export_model(
     """
     begun = time.monotonic()
     where = locate(source)
-    tokenizer = load_tokenizer(where.tokenizer)
+    tokenizer = tokenizer_of(where)
     model = load(where.weights, device="cpu")
-    vocab = model.config.vocab_size or 0
-    if tokenizer.vocab_size > vocab:
-        raise ExportError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab}", where=str(source))
     rows_BT = token_rows(model, tokenizer)
     rounding = _round(model, DTYPES[dtype], rows_BT)
     with new_folder(target) as folder:
