@@ -205,6 +205,20 @@ def test_parquet_takes_token_ids(tmp_path: Path) -> None:
     assert [record.content for record in kept] == [(Ids((5, 6)),), (Ids((7,)),)]
 
 
+def test_max_bytes_is_refused_for_token_ids(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [[1, 2, 3], [4]]}), tmp_path / "ids.parquet")
+    with pytest.raises(DataError, match=r"token ids\n.*leave max_bytes out of the reader 'parquet'"):
+        list(Parquet(paths=(str(tmp_path / "ids.parquet"),), max_bytes=2).read())
+
+
+@pytest.mark.parametrize("split", ["train[:1%]", "train+test"])
+def test_a_split_that_is_no_plain_name_is_refused(split: str) -> None:
+    (problem,) = HuggingFace(path="owner/name", split=split).check(None)
+    assert problem.path == "split"
+    assert "max_bytes" in problem.text
+    assert list(HuggingFace(path="owner/name", split="train").check(None)) == []
+
+
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(DataError, match="is not a Parquet file"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from lmworks.core import catalogue
-from lmworks.core.errors import DataError
+from lmworks.core.errors import DataError, Problem
 from lmworks.core.need import need
 from lmworks.core.recipe import PositiveFloat, PositiveInt
 from lmworks.data.opening import open_lines
@@ -45,7 +45,7 @@ class Reader(ABC):
     name: str = ""
     """Name in manifests, metrics and seeds; empty: the reader's name in the catalogue."""
     max_bytes: PositiveInt | None = None
-    """Stop reading once this many UTF-8 bytes of documents are kept; none: read everything."""
+    """Stop reading once this many UTF-8 bytes of documents are kept; none: read everything. Not for token ids."""
 
     @property
     def label(self) -> str:
@@ -72,7 +72,13 @@ class Reader(ABC):
             for item in self.records(file):
                 yield item
                 if left is not None and isinstance(item, Record):
-                    left -= sum(len(p.text.encode()) if isinstance(p, Text) else 0 for p in item.content)
+                    if any(isinstance(part, Ids) for part in item.content):
+                        raise DataError(
+                            "max_bytes counts bytes of text, and this document is token ids",
+                            where=item.id,
+                            next_step=f"leave max_bytes out of the reader '{self.label}'",
+                        )
+                    left -= sum(len(part.text.encode()) for part in item.content if isinstance(part, Text))
                     if left <= 0:
                         return
 
@@ -242,13 +248,22 @@ class HuggingFace(Reader):
     subset: str | None = None
     """Configuration of the data set, where it has several."""
     split: str = "train"
-    """Which of the data set's own splits is read; lmworks makes its validation split from it."""
+    """Which of the data set's own splits is read, by its plain name; lmworks makes its validation split from it."""
     column: str = "text"
     """Column of the document."""
     revision: str | None = None
     """Commit or tag on the hub; none: the newest."""
     licence: str | None = None
     """Licence of every document here (an SPDX name), kept in the manifest."""
+
+    def check(self, recipe: Any) -> Iterator[Problem]:
+        """A part of a split, or several: the files of whole splits are read, so either would be ignored."""
+        if set(self.split) & set("[+"):
+            text = (
+                f"'{self.split}' is not the name of one split; for a part of a split set max_bytes, for several give"
+                " each a reader of its own"
+            )
+            yield Problem(path="split", text=text)
 
     def files(self) -> list[SourceFile]:
         """The Arrow files that `datasets` made of the data set."""
