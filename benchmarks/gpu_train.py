@@ -33,8 +33,9 @@ from lmworks.model.init import initialise
 from lmworks.train.gradient import Clip
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
+from lmworks.train.probe import Probe
 from lmworks.train.rate import peak_flops, peak_memory_bytes
-from lmworks.train.slots import Probe, SelectAll
+from lmworks.train.slots import SelectAll
 from lmworks.train.step import Step
 
 SIZES = {
@@ -57,7 +58,13 @@ class RandomRows:
         shape = (rows, self._sequence + 1)
         ids = torch.randint(self._vocab, shape, generator=self._generator, device=self._device)
         positions = torch.arange(self._sequence, device=self._device).expand(rows, -1)
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, torch.zeros_like(positions))
+        return Batch(
+            ids[:, :-1].contiguous(),
+            ids[:, 1:].contiguous(),
+            positions,
+            torch.zeros_like(positions),
+            torch.zeros_like(positions),
+        )
 
     def state(self) -> dict[str, Any]:
         """Nothing is resumed here."""
@@ -107,14 +114,14 @@ def step_of(arm: str, options: argparse.Namespace) -> Step:
     if arm != "eager":
         for block in model.get_submodule("blocks").children():
             block.compile()
-    objective = CrossEntropy()
+    objective, optimizer = CrossEntropy(), AdamW(lr=3e-4)
     return Step(
         model=model,
         source=RandomRows(config.vocab_size or 0, options.sequence, device),
-        selector=SelectAll(),
+        selector=SelectAll().start(model, optimizer, {"random": 1.0}),
         objective=objective,
         gradient=(Clip(),),
-        update=AdamW(lr=3e-4).build(model),
+        update=optimizer.build(model),
         probe=Probe(model, objective, seed=0),
         rows=options.batch,
         micro_rows=options.batch,

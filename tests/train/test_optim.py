@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import SGD, AdamW, Lion, Muon, PlainOptimizer, parameter_groups
-from lmworks.train.slots import Probe, Update
+from lmworks.train.probe import Probe
+from lmworks.train.slots import Update
 from tests.oracles import optim as oracle
 
 

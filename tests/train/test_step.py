@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,9 @@ from lmworks.model.backbone import Backbone
 from lmworks.train.gradient import Clip
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
+from lmworks.train.probe import Probe
 from lmworks.train.saved import Keep, Recompute
-from lmworks.train.slots import Probe, SelectAll, Selector
+from lmworks.train.slots import SelectAll, Selector
 from lmworks.train.step import Step, accumulate
 from tests.train import toy
 
@@ -49,7 +51,7 @@ def step_on(
     return Step(
         model=model,
         source=Given(batches),
-        selector=selector or SelectAll(),
+        selector=selector or SelectAll().start(model, AdamW(lr=1e-2), {}),
         objective=objective,
         gradient=(Clip(norm=clip),),
         update=AdamW(lr=1e-2).build(model),
@@ -164,7 +166,7 @@ def test_a_selector_gets_as_many_candidates_as_it_asks_for() -> None:
 def test_a_batch_without_a_valid_target_is_zero_and_moves_no_matrix_but_by_decay() -> None:
     model = toy.model()
     batch = toy.batch(2, 8, 61)
-    empty = Batch(batch.tokens_BT, torch.full_like(batch.targets_BT, -100), batch.positions_BT, batch.documents_BT)
+    empty = dataclasses.replace(batch, targets_BT=torch.full_like(batch.targets_BT, -100))
     result = step_on(model, [empty])()
     assert result.loss == 0.0
     assert result.grad_norm == 0.0
@@ -179,4 +181,75 @@ def test_the_probe_never_touches_grad() -> None:
     assert all(p.grad is None for p in model.parameters())
     _, want = gradients(model, batch, 2)
     torch.testing.assert_close(found, want["blocks.1.ffn.down_proj.weight"], rtol=0, atol=1e-12)
-    assert probe.passes == 3 * batch.tokens_BT.numel()
+    assert probe.booked == 3 * batch.tokens_BT.numel()
+
+
+def test_a_probe_in_micro_batches_gives_the_same_gradient() -> None:
+    model, batch = toy.model(), toy.batch(5, 8, 61)
+    whole, parts = Probe(model, CrossEntropy(), seed=0), Probe(model, CrossEntropy(), seed=0, micro_rows=2)
+    parameters = list(model.parameters())
+    for a, b in zip(whole.gradients(batch, parameters), parts.gradients(batch, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_hessian_product_is_the_difference_quotient_of_gradients() -> None:
+    model, batch = toy.model(), toy.batch(3, 8, 61)
+    probe = Probe(model, CrossEntropy(), seed=0, micro_rows=2)
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    vectors = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    found = probe.hessian_product(batch, parameters, vectors)
+    step = 1e-7  # the loss is steep: the quotient's own error falls with the square, to 6e-7 here
+    sides = []
+    for sign in (1.0, -2.0):  # to +step, then from there to -step
+        with torch.no_grad():
+            for p, v in zip(parameters, vectors, strict=True):
+                p.add_(v, alpha=sign * step)
+        sides.append(probe.gradients(batch, parameters))
+    for product, up, down in zip(found, *sides, strict=True):
+        torch.testing.assert_close(product, (up - down) / (2 * step), rtol=1e-6, atol=2e-6)
+    assert all(p.grad is None for p in parameters)
+
+
+def test_what_a_part_notes_and_books_is_in_the_result() -> None:
+    class Curious(Selector):
+        """Looks at the gradient once before it takes all rows."""
+
+        def candidates(self, rows: int) -> int:
+            return rows
+
+        def select(self, batch: Batch, rows: int, probe: Probe) -> Batch:
+            probe.gradients(batch, [probe.model.get_parameter("norm.weight")])
+            probe.note("curious/rows", rows)
+            return batch
+
+    model, batch = toy.model(), toy.batch(2, 8, 61)
+    made = step_on(model, [batch, batch], selector=Curious())
+    for _ in range(2):
+        result = made()
+        assert result.extra["curious/rows"] == 2
+        assert result.passes == 6 * batch.tokens_BT.numel()
+
+
+def test_sampled_targets_follow_the_models_distribution() -> None:
+    model, batch = toy.model(), toy.batch(1, 4, 61, packed=False)
+    objective, generator = CrossEntropy(), torch.Generator().manual_seed(0)
+    counts = torch.zeros(61)
+    for _ in range(3000):
+        drawn = objective.sampled(model, batch, generator)
+        assert torch.equal(drawn.tokens_BT, batch.tokens_BT)
+        counts += torch.bincount(drawn.targets_BT[0, 3:], minlength=61)
+    wanted = torch.softmax(model.logits(model(batch.tokens_BT))[0, 3], -1).detach()
+    assert float((counts / 3000 - wanted).abs().max()) < 0.02
+    packed = toy.batch(3, 8, 61)
+    ignored = packed.targets_BT == -100
+    assert ignored.any()
+    assert torch.equal(objective.sampled(model, packed, generator).targets_BT == -100, ignored)
+
+
+def test_the_loss_of_each_row_is_that_row_alone() -> None:
+    model, batch = toy.model(), toy.batch(4, 8, 61)
+    losses_B = CrossEntropy().each(model, batch)
+    for i in range(4):
+        alone, _ = gradients(model, batch[slice(i, i + 1)], 1)
+        assert float(losses_B[i]) == pytest.approx(alone, abs=1e-12)

@@ -110,4 +110,5 @@ def batch(rows: int, length: int, vocab: int, *, seed: int = 0, packed: bool = T
         targets_BT=targets,
         positions_BT=place - begun,
         documents_BT=starts.cumsum(1) - 1,
+        sources_BT=torch.zeros_like(tokens[:, :-1]),
     )

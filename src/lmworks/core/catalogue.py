@@ -94,6 +94,8 @@ SLOTS: dict[str, Shelf] = {
             "sgd": Part("train.optim:SGD", "gradient descent with momentum"),
             "lion": Part("train.optim:Lion", "sign of an interpolated momentum"),
             "muon": Part("train.optim:Muon", "orthogonalised momentum for matrices, AdamW for the rest"),
+            "sophia": Part("methods.sophia:Sophia", "momentum over cheap curvature, clipped in every coordinate"),
+            "lamb": Part("methods.megascale:Lamb", "Adam with a step per matrix as long as the matrix times the rate"),
         },
     ),
     "schedule": Shelf(
@@ -110,6 +112,7 @@ SLOTS: dict[str, Shelf] = {
         "what looks at the run while it goes, and may answer with a change",
         {
             "early-stop": Part("train.watch:EarlyStop", "stop when the validation loss no longer falls"),
+            "sophia-health": Part("methods.sophia:SophiaHealth", "say so when Sophia clips nearly all or hardly any"),
         },
     ),
     "sink": Shelf(

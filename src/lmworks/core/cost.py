@@ -22,7 +22,7 @@ class Cost:
     activation_bytes_per_token: float = 0.0
     """Bytes kept for the backward pass per token at the compute precision, without recomputation."""
     cache_bytes_per_token: float = 0.0
-    """Bytes of key/value cache per token of context at the compute precision."""
+    """Bytes of key/value cache per token of a context of that length at the compute precision."""
 
     @property
     def train_flops_per_token(self) -> float:

@@ -35,6 +35,7 @@ class Holdout:
         piece_bytes: Int | None = None,
     ) -> None:
         self._all = _joined(documents)
+        self._source_ends = np.cumsum([len(part.tokens) for part in documents])
         self._length = sequence_length
         self._batch_rows = batch_rows
         self._share = share
@@ -67,7 +68,8 @@ class Holdout:
         flat_BW, is_start_BW = self._ends.locate(np.minimum(place_BW, self._n_tokens - 1))
         tokens_BW = np.where(is_real_BW, self._all.tokens.take(flat_BW), 0)
         packed = pack(tokens_BW, is_start_BW & is_real_BW, is_real_BW)
-        return batch_of(packed, np.append(self._bytes, 0)[rows_B])
+        sources_BT = np.searchsorted(self._source_ends, flat_BW[:, :-1], side="right")
+        return batch_of(packed, sources_BT, np.append(self._bytes, 0)[rows_B])
 
     def _row_bytes(self, piece_bytes: Int | None) -> Int:
         """UTF-8 bytes that the targets of each row stand for.

@@ -32,14 +32,16 @@ class Batch:
 
     tokens_BT: inputs. targets_BT: the token after each input, -100 where no loss counts (the next document's bos,
     padding). positions_BT: 0, 1, ... from the beginning of each document or of the row. documents_BT: 0, 1, ... in each
-    row; a token attends to earlier ones of its own document only. bytes_B: UTF-8 bytes that each row's targets stand
-    for; None for training rows, where nobody asks.
+    row; a token attends to earlier ones of its own document only. sources_BT: which reader each token is from, counted
+    in the recipe's order; a training row has one. bytes_B: UTF-8 bytes that each row's targets stand for; None for
+    training rows, where nobody asks.
     """
 
     tokens_BT: Tensor
     targets_BT: Tensor
     positions_BT: Tensor
     documents_BT: Tensor
+    sources_BT: Tensor
     bytes_B: Tensor | None = None
 
     @property
@@ -69,16 +71,24 @@ class Batch:
         return Batch(*(None if t is None else t[rows] for t in self._tensors()))  # type: ignore[arg-type]  # only bytes_B is ever None
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.tokens_BT, self.targets_BT, self.positions_BT, self.documents_BT, self.bytes_B
+        return (
+            self.tokens_BT,
+            self.targets_BT,
+            self.positions_BT,
+            self.documents_BT,
+            self.sources_BT,
+            self.bytes_B,
+        )
 
 
-def batch_of(rows: Rows, bytes_B: Int | None = None) -> Batch:
+def batch_of(rows: Rows, sources_BT: Int, bytes_B: Int | None = None) -> Batch:
     """Arrays as tensors; memory is shared."""
     return Batch(
         tokens_BT=torch.from_numpy(rows.tokens_BT),
         targets_BT=torch.from_numpy(rows.targets_BT),
         positions_BT=torch.from_numpy(rows.positions_BT),
         documents_BT=torch.from_numpy(rows.documents_BT),
+        sources_BT=torch.from_numpy(sources_BT),
         bytes_B=None if bytes_B is None else torch.from_numpy(bytes_B),
     )
 
@@ -183,7 +193,8 @@ class Loader:
             tokens_BW, is_start_BW = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.bool_)
             for here, tokens, is_start in windows:
                 tokens_BW[here], is_start_BW[here] = tokens, is_start
-        batch = batch_of(pack(tokens_BW, is_start_BW))
+        rows = pack(tokens_BW, is_start_BW)
+        batch = batch_of(rows, np.repeat(source_B[:, None], rows.tokens_BT.shape[1], axis=1))
         return batch.pinned() if self._pin else batch
 
 

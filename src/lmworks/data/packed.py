@@ -58,6 +58,12 @@ class Packed:
                 text = f"{counts[reader.label]} readers are called '{reader.label}'; give each a name of its own"
                 yield Problem(path=f"readers.{i}.name", text=text)
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each reader's name and its share of the rows, in the order of the recipe."""
+        whole = sum(reader.weight for reader in self.readers)
+        return {reader.label: reader.weight / whole for reader in self.readers}
+
     def prepare(
         self, *, seed: int, progress: Progress | None = None, resume: Mapping[str, Any] | None = None
     ) -> Prepared:

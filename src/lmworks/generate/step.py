@@ -34,7 +34,8 @@ class _Weights:
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Tensor
-    ffn_norm: Tensor
+    ffn_norm: Tensor | None
+    """None in a parallel block."""
     gate_up: Tensor
     down: Tensor
 
@@ -53,7 +54,6 @@ class DecoderStep:
         assert isinstance(config, DecoderConfig)
         self.dtype = dtype
         self.eps = config.norm_eps
-        self.parallel = config.parallel_block
         self.rotary = model.rotary
         with torch.inference_mode(False), torch.no_grad():
             self.blocks = [_weights(block, dtype, take) for block in model.blocks.values() if isinstance(block, Block)]
@@ -69,8 +69,8 @@ class DecoderStep:
         for name, block in zip(cache.blocks, self.blocks, strict=True):
             normed_BD = self._normed(x_BD, block.attn_norm)
             mixed_BD = self._attention(normed_BD, block, cos_B1h, sin_B1h, cache, name, mask_BK)
-            if self.parallel:
-                x_BD = x_BD + mixed_BD + self._ffn(self._normed(x_BD, block.ffn_norm), block)
+            if block.ffn_norm is None:
+                x_BD = x_BD + (mixed_BD + self._ffn(normed_BD, block))
             else:
                 x_BD = x_BD + mixed_BD
                 x_BD = x_BD + self._ffn(self._normed(x_BD, block.ffn_norm), block)
@@ -145,7 +145,7 @@ def _weights(block: Block, dtype: torch.dtype, take: bool) -> _Weights:
         q_norm=None if attn.q_norm is None else _norm(attn.q_norm.weight),
         k_norm=None if attn.k_norm is None else _norm(attn.k_norm.weight),
         out=attn.o_proj.weight.detach().to(dtype),
-        ffn_norm=_norm(block.ffn_norm.weight),
+        ffn_norm=None if block.ffn_norm is None else _norm(block.ffn_norm.weight),
         gate_up=_joined([ffn.gate_proj, ffn.up_proj], dtype, take),
         down=ffn.down_proj.weight.detach().to(dtype),
     )

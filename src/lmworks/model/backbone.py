@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,25 @@ from torch import Tensor, nn
 from lmworks.core.errors import UsageError
 from lmworks.model import ops
 from lmworks.model.attention import Frame, reach
-from lmworks.model.cache import BlockCache, KVCache
+from lmworks.model.cache import BlockCache, KVCache, room_for
 from lmworks.model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from lmworks.model.rotary import Rotary
 from lmworks.model.sizes import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Midway:
+    """A forward pass that has stopped in front of a block. `Backbone.rest` goes on with it, as often as one likes."""
+
+    x_BTD: Tensor
+    """The residual stream, in the compute precision."""
+    frame: Frame
+    block: int
+    """The next block to run; n_layers: only the final norm is left."""
+
+    def to(self, dtype: torch.dtype) -> Midway:
+        """The same place in another precision: the blocks that follow compute in it."""
+        return replace(self, x_BTD=self.x_BTD.to(dtype))
 
 
 class Backbone(nn.Module):
@@ -64,6 +80,42 @@ class Backbone(nn.Module):
         as they are. `positions_BT` default to 0..T-1 behind the cache. Tokens attend to tokens of the same id in
         `documents_BT` only; None = one document per row. `cache` grows by T tokens.
         """
+        x_BTD, frame = self._enter(tokens_BT, positions_BT, documents_BT, cache)
+        for name, block in self.blocks.items():
+            x_BTD = block(x_BTD, frame, cache.blocks[name] if cache is not None else None)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def until(
+        self,
+        block: int,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Midway:
+        """The forward pass up to the input of `block` (0 .. n_layers). `rest` of it is what `forward` gives."""
+        if not 0 <= block <= self.config.n_layers:
+            raise ValueError(f"block is one of 0 .. {self.config.n_layers}, got {block}")
+        x_BTD, frame = self._enter(tokens_BT, positions_BT, documents_BT, None)
+        for name, module in self.blocks.items():
+            if int(name) < block:
+                x_BTD = module(x_BTD, frame, None)
+        return Midway(x_BTD=x_BTD, frame=frame, block=block)
+
+    def rest(self, midway: Midway) -> Tensor:
+        """The blocks from `midway.block` on and the final norm: (B, T, D) hidden states, in the precision of midway."""
+        x_BTD = midway.x_BTD
+        for name, module in self.blocks.items():
+            if int(name) >= midway.block:
+                x_BTD = module(x_BTD, midway.frame, None)
+        return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def _enter(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Frame]:
+        """The input of the first block, and what all blocks share."""
         batch, new = tokens_BT.shape[:2]
         cached = cache.length if cache is not None else 0
         if positions_BT is None:
@@ -73,12 +125,7 @@ class Backbone(nn.Module):
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
         with ops.plain_forms() if self.compiled_blocks else nullcontext():
-            frame = self._frame(batch, new, positions_BT, documents_BT, cache)
-        for name, block in self.blocks.items():
-            x_BTD = block(x_BTD, frame, cache.blocks[name] if cache is not None else None)
-        if cache is not None:
-            cache.length += new
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+            return x_BTD, self._frame(batch, new, positions_BT, documents_BT, cache)
 
     def _check_length(self, tokens: int) -> None:
         """A learned position table ends somewhere; rotary positions do not."""
@@ -135,13 +182,12 @@ class Backbone(nn.Module):
     def new_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to `length` tokens; `dtype` defaults to the compute precision.
 
-        A block with a window gets room for two windows, however long the text.
+        A block with a window gets room for little more than the window, however long the text.
         """
         device = next(self.parameters()).device
         blocks = {}
         for name, sizes in ((name, self.config.blocks()[int(name)]) for name in self.blocks):
-            room = length if sizes.window is None else min(length, 2 * sizes.window)
-            shape = (batch, sizes.n_kv_heads, room, sizes.head_dim)
+            shape = (batch, sizes.n_kv_heads, room_for(length, sizes.window), sizes.head_dim)
             keys, values = (torch.zeros(shape, dtype=dtype or self.dtype, device=device) for _ in range(2))
             blocks[name] = BlockCache(keys, values, sizes.window)
         return KVCache(blocks, length)

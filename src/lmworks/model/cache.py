@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def room_for(length: int, window: int | None) -> int:
+    """Tokens that a block's cache has room for: all `length`, or the window and a little more.
+
+    The little more (64 tokens or a quarter of the window, never more than the window) is what saves moving the window
+    to the front at every token.
+    """
+    return length if window is None else min(length, window + max(window // 4, min(window, 64)))
+
+
 class BlockCache:
     """Keys and values of one block, in order, in two (B, G, room, h) tensors.
 
@@ -21,22 +30,35 @@ class BlockCache:
 
     def append(self, keys_BTGh: Tensor, values_BTGh: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new tokens; give back all keys and values that they may see, as (B, G, K, h)."""
-        new = keys_BTGh.shape[1]
+        new, room = keys_BTGh.shape[1], self.keys.shape[2]
         seen = self.end if self.window is None else min(self.end, self.window - 1)
-        if self.end + new > self.keys.shape[2] and seen < self.end:
+        if self.window is not None and self.window <= room < seen + new:
+            return self._pass_through(keys_BTGh, values_BTGh, seen, self.window - 1)
+        if self.end + new > room and seen < self.end:
             for held in (self.keys, self.values):
                 held[:, :, :seen] = held[:, :, self.end - seen : self.end].clone()
             self.end = seen
         stop = self.end + new
-        if stop > self.keys.shape[2]:
+        if stop > room:
             self._grow(stop)
         self.keys[:, :, self.end : stop] = keys_BTGh.transpose(1, 2)
         self.values[:, :, self.end : stop] = values_BTGh.transpose(1, 2)
         start, self.end = self.end - seen, stop
         return self.keys[:, :, start:stop], self.values[:, :, start:stop]
 
+    def _pass_through(self, keys_BTGh: Tensor, values_BTGh: Tensor, seen: int, keep: int) -> tuple[Tensor, Tensor]:
+        """A text longer than a window's room: all of it is given back, the last `keep` tokens are kept."""
+        whole = []
+        for held, x_BTGh in ((self.keys, keys_BTGh), (self.values, values_BTGh)):
+            old = held[:, :, self.end - seen : self.end]
+            joined = torch.cat((old, x_BTGh.transpose(1, 2).to(held.dtype)), 2)
+            held[:, :, :keep] = joined[:, :, joined.shape[2] - keep :]
+            whole.append(joined)
+        self.end = keep
+        return whole[0], whole[1]
+
     def _grow(self, room: int) -> None:
-        """Make room for a prompt that is longer than a window's own room."""
+        """Make room for a text that is longer than was asked for."""
         batch, groups, _, head_dim = self.keys.shape
         for name in ("keys", "values"):
             old = getattr(self, name)

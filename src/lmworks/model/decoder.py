@@ -6,6 +6,8 @@
         x = x + ffn(ffn_norm(x))                                   down(silu(gate) * up)
     hidden = norm(x)                                               (B, T, D); logits = hidden @ head^T
 
+With `parallel_block` a block is  n = attn_norm(x);  x = x + (attn(n) + ffn(n)):  one norm, one addition, no ffn_norm.
+
 Shapes: B batch, T sequence, K keys, V vocabulary, D hidden, L blocks, N query heads, G key/value heads, h head_dim,
 F FFN width. Sizes are per block: n_heads, n_kv_heads and ffn_size may be lists with one entry per block.
 It covers Llama 1-3, SmolLM2, Mistral (window), Qwen2 (qkv_bias) and Qwen3 (qk_norm). A family that does not fit has its
@@ -74,7 +76,7 @@ class DecoderConfig:
     sliding_window_blocks: tuple[Annotated[int, Ge(0)], ...] | None = None
     """Blocks that use the window; left out = all of them."""
     parallel_block: bool = False
-    """x + attn(attn_norm(x)) + ffn(ffn_norm(x)): both halves read the same x."""
+    """x + attn(n) + ffn(n) with n = attn_norm(x): both halves read one norm, and blocks have no ffn_norm."""
 
     def blocks(self) -> tuple[BlockSizes, ...]:
         """The sizes of every block. Raises RecipeError with everything that is wrong with them."""
@@ -95,6 +97,11 @@ class DecoderConfig:
         )
         if self.sliding_window_blocks is not None and self.sliding_window is None:
             problems.append(Problem(path="sliding_window_blocks", text="has no effect without sliding_window"))
+        if self.sliding_window is not None and self.sliding_window < 1:
+            text = (
+                f"is {self.sliding_window}; a token sees at least itself: give 1 or more, or leave it out for no window"
+            )
+            problems.append(Problem(path="sliding_window", text=text))
         outside = [index for index in windowed if index >= self.n_layers]
         if outside:
             text = f"names block {outside[0]}; with n_layers = {self.n_layers} the last is {self.n_layers - 1}"
@@ -125,10 +132,11 @@ class DecoderConfig:
     def saved_values_per_token(self, block: BlockSizes) -> int:
         """Values one block keeps per token: the inputs of its norms, products and kernels.
 
-        2 D norm inputs, 2 D norm outputs, q, k, v, the mixed heads, gate and up, and their product.
+        Input and output of each norm, q, k, v, the mixed heads, gate and up, and their product.
         """
+        norms = 1 if self.parallel_block else 2
         query, keys = block.n_heads * block.head_dim, block.n_kv_heads * block.head_dim
-        return 4 * self.hidden_size + 2 * query + 2 * keys + 3 * block.ffn_size
+        return 2 * norms * self.hidden_size + 2 * query + 2 * keys + 3 * block.ffn_size
 
     def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
         """Parameters, FLOPs and bytes of this shape at `sequence` tokens, without building it."""
@@ -162,7 +170,8 @@ def _block_shapes(prefix: str, config: DecoderConfig, sizes: BlockSizes) -> Iter
     if config.qk_norm:
         yield f"{prefix}.attn.q_norm.weight", (head,)
         yield f"{prefix}.attn.k_norm.weight", (head,)
-    yield f"{prefix}.ffn_norm.weight", (width,)
+    if not config.parallel_block:
+        yield f"{prefix}.ffn_norm.weight", (width,)
     yield f"{prefix}.ffn.gate_proj.weight", (sizes.ffn_size, width)
     yield f"{prefix}.ffn.up_proj.weight", (sizes.ffn_size, width)
     yield f"{prefix}.ffn.down_proj.weight", (width, sizes.ffn_size)
@@ -184,7 +193,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One block: attention and feed-forward, each behind its norm, each added to the residual stream."""
+    """One block: attention and feed-forward, one behind the other with a norm each, or side by side behind one norm."""
 
     def __init__(self, config: DecoderConfig, sizes: BlockSizes) -> None:
         super().__init__()
@@ -195,17 +204,17 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
-        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = None if config.parallel_block else RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = SwiGLU(config.hidden_size, sizes.ffn_size)
-        self.parallel = config.parallel_block
 
     def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        if self.parallel:
-            mixed_BTD: Tensor = self.attn(self.attn_norm(x_BTD), frame, cache)
-            side_by_side: Tensor = x_BTD + mixed_BTD + self.ffn(self.ffn_norm(x_BTD))
+        normed_BTD: Tensor = self.attn_norm(x_BTD)
+        mixed_BTD: Tensor = self.attn(normed_BTD, frame, cache)
+        if self.ffn_norm is None:
+            side_by_side: Tensor = x_BTD + (mixed_BTD + self.ffn(normed_BTD))
             return side_by_side
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), frame, cache)
+        x_BTD = x_BTD + mixed_BTD
         one_by_one: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
         return one_by_one
 

@@ -59,6 +59,17 @@ def cross_entropy_each(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, 
     return losses_N
 
 
+@torch.no_grad()
+def sampled_targets(hidden_ND: Tensor, weight_VD: Tensor, generator: torch.Generator) -> Tensor:
+    """One token drawn from softmax(hidden @ weight.T) for each hidden state; [N] int64."""
+    found_N = torch.empty(hidden_ND.shape[0], dtype=torch.int64, device=hidden_ND.device)
+    weight_VD = weight_VD.to(hidden_ND.dtype)
+    for at in _chunks(hidden_ND.shape[0], _rows(weight_VD.shape[0], hidden_ND.device.type)):
+        probs_CV = torch.softmax(_logits(hidden_ND[at], weight_VD), dim=-1, dtype=_accumulate_dtype(hidden_ND))
+        found_N[at] = torch.multinomial(probs_CV, 1, generator=generator)[:, 0]
+    return found_N
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Gradients are made in the forward pass and only scaled in the backward pass."""
 

@@ -145,7 +145,8 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
 
     Forward FLOPs per token = 2 x (values of every matrix that multiplies: all 2-D block weights and the head)
     + 4 x N x h x (mean number of keys a token sees) for the two products of attention. A causal token at place t of
-    T sees t + 1 keys, (T + 1) / 2 on average; with a window w it sees min(t + 1, w).
+    T sees t + 1 keys, (T + 1) / 2 on average; with a window w it sees min(t + 1, w). A block with a window caches the
+    keys of w tokens at most: w / T of one without, per token.
     """
     if config.vocab_size is None:
         raise RecipeError(
@@ -167,7 +168,10 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
         4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in config.blocks()
     )
     saved = sum(config.saved_values_per_token(block) for block in config.blocks())
-    cached = sum(2 * block.n_kv_heads * block.head_dim for block in config.blocks())
+    cached = sum(
+        2 * block.n_kv_heads * block.head_dim * min(1.0, (block.window or sequence) / sequence)
+        for block in config.blocks()
+    )
     return Cost(
         parameters=parameters,
         embedding_parameters=looked_up,
@@ -175,6 +179,16 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
         activation_bytes_per_token=float(saved * bytes_per_value),
         cache_bytes_per_token=float(cached * bytes_per_value),
     )
+
+
+def forward_share(config: Shape, *, start: int, sequence: int) -> float:
+    """The share of a forward pass's FLOPs, as `cost` counts them, that blocks `start` .. and the head take."""
+    blocks = config.blocks()
+    prefixes = tuple(f"blocks.{index}." for index in range(start, len(blocks)))
+    matrices = (config.vocab_size or 0) * config.hidden_size
+    matrices += sum(math.prod(s) for name, s in config.shapes() if len(s) == 2 and name.startswith(prefixes))
+    attention = sum(4.0 * b.n_heads * b.head_dim * mean_keys(sequence, b.window) for b in blocks[start:])
+    return (2.0 * matrices + attention) / cost(config, sequence=sequence).forward_flops_per_token
 
 
 def mean_keys(sequence: int, window: int | None) -> float:

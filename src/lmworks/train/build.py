@@ -17,9 +17,9 @@ from lmworks.model.backbone import Backbone
 from lmworks.model.init import initialise
 from lmworks.model.pretrained import Pretrained
 from lmworks.train.memory import keep_freed_memory
+from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast
 from lmworks.train.recipe import Train
-from lmworks.train.slots import Probe
 from lmworks.train.step import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,17 +74,18 @@ def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Call
     recipe.saved.apply(model)
     if recipe.compile:
         model.compile_blocks()
-    probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"))
+    micro_rows = recipe.micro_batch_size or recipe.batch_size
+    probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"), micro_rows=micro_rows)
     step = Step(
         model=model,
         source=prepared.train(pin=device.type == "cuda"),
-        selector=recipe.selector,
+        selector=recipe.selector.start(model, recipe.optimizer, recipe.data.shares),
         objective=recipe.objective,
         gradient=recipe.gradient,
         update=recipe.optimizer.build(model),
         probe=probe,
         rows=recipe.batch_size,
-        micro_rows=recipe.micro_batch_size or recipe.batch_size,
+        micro_rows=micro_rows,
         device=device,
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)

@@ -60,6 +60,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
+    """Of training and of the probe's passes."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
     """Why a watcher ended the run early."""
@@ -155,6 +157,7 @@ class Loop:
         progress.step += 1
         progress.tokens += result.units["cross_entropy"]
         progress.seconds += seconds
+        progress.flops += result.passes * self.built.cost.forward_flops_per_token
         rate = recipe.batch_size * recipe.data.sequence_length / seconds
         row: Row = {
             "step": progress.step,
@@ -163,6 +166,7 @@ class Loop:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "seconds": seconds,
+            "flops": progress.flops,
             "tokens_per_second": rate,
             "mfu": rate * self.built.cost.train_flops_per_token / self.peak,
             "memory_bytes": memory_bytes(self.built.device),
@@ -184,9 +188,9 @@ class Loop:
 
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"):
-            found = validate(
-                self.built.model, self.built.prepared.validation(self.recipe.validation.rows), self.built.device
-            )
+            batches = self.built.prepared.validation(self.recipe.validation.rows)
+            sources = list(self.recipe.data.shares)
+            found = validate(self.built.model, batches, self.built.device, sources)
         if not found:
             return None
         self._write({"step": self.progress.step, "tokens": self.progress.tokens, **found})
@@ -225,6 +229,7 @@ class Loop:
             "step": progress.step,
             "tokens": progress.tokens,
             "seconds": progress.seconds,
+            "flops": progress.flops,
             "changes": progress.changes,
             "stopped": progress.stopped,
             "source": step.source.state(),
@@ -233,6 +238,7 @@ class Loop:
         tensors = {
             "model": dict(self.built.model.state_dict()),
             "optimizer": step.update.state(),
+            "selector": step.selector.state(),
             "random": {**save.random_state(), "probe": step.probe.state()["generator"]},
         }
         return save.Snapshot(tensors=tensors, state=state)
@@ -262,9 +268,10 @@ class Loop:
         step.probe.load({"generator": random.pop("probe")})
         save.set_random_state(random)
         step.source.load(state["source"])
+        step.selector.load(snapshot.tensors["selector"])
         for watcher, kept in zip(self.watchers, state["watchers"], strict=True):
             watcher.load(kept)
-        names = ("step", "tokens", "seconds", "changes", "stopped")
+        names = ("step", "tokens", "seconds", "flops", "changes", "stopped")
         self.progress = Progress(**{name: state[name] for name in names})
         self.report.note(f"going on from step {self.progress.step} ({self.parent})")
 
@@ -307,6 +314,7 @@ class Loop:
             "parameters": self.built.cost.parameters,
             **{name: last[name] for name in names if name in last},
             "seconds": progress.seconds,
+            "flops": progress.flops,
             "tokens_per_second": progress.step
             * self.recipe.batch_size
             * self.recipe.data.sequence_length

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
-from lmworks.model.head import IGNORE, cross_entropy_sum
+from lmworks.model.head import IGNORE, cross_entropy_each, cross_entropy_sum, sampled_targets
 from lmworks.train.slots import Component, Objective
 
 
@@ -17,6 +19,9 @@ from lmworks.train.slots import Component, Objective
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Objective):
     """Next-token cross-entropy over every target that is not IGNORE."""
+
+    predicts: ClassVar[bool] = True
+    """Targets can be drawn from the model's softmax."""
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Valid targets."""
@@ -27,3 +32,23 @@ class CrossEntropy(Objective):
         hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
         total = cross_entropy_sum(hidden_BTD.flatten(0, 1), model.head_weight(), batch.targets_BT.flatten())
         return {"cross_entropy": Component(total=total)}
+
+    @torch.no_grad()
+    def each(self, model: Backbone, batch: Batch) -> Tensor:
+        """Mean of -log p(target) over each row's valid targets (B), float32; nan for a row without any."""
+        hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        return mean_of_rows(hidden_BTD, model.head_weight(), batch.targets_BT)
+
+    @torch.no_grad()
+    def sampled(self, model: Backbone, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with every valid target drawn from softmax(logits); ignored targets stay ignored."""
+        hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        drawn_N = sampled_targets(hidden_BTD.flatten(0, 1), model.head_weight(), generator)
+        targets_BT = torch.where(batch.targets_BT == IGNORE, IGNORE, drawn_N.view_as(batch.targets_BT))
+        return dataclasses.replace(batch, targets_BT=targets_BT)
+
+
+def mean_of_rows(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of each row's valid targets (B), no gradient; nan for a row without any."""
+    losses_N = cross_entropy_each(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+    return losses_N.view_as(targets_BT).sum(1) / (targets_BT != IGNORE).sum(1)

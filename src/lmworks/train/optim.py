@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat
 from lmworks.model.backbone import Backbone
-from lmworks.train.slots import Optimizer, Probe, Update
+from lmworks.train.probe import Probe
+from lmworks.train.slots import Optimizer, Update
 
 Beta = Annotated[float, Interval(ge=0, lt=1)]
 Named = list[tuple[str, nn.Parameter]]

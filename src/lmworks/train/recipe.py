@@ -15,7 +15,7 @@ from lmworks.train.save import Saving
 from lmworks.train.saved import Keep
 from lmworks.train.schedule import Cosine, Schedule
 from lmworks.train.sinks import Sink, TensorBoard
-from lmworks.train.slots import Gradient, Objective, Optimizer, Saved, SelectAll, Selector, Watching
+from lmworks.train.slots import Gradient, Objective, Optimizer, Saved, SelectAll, Selecting, Watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Train:
     """How the learning rate moves."""
     objective: Annotated[Objective, Slot("objective")] = CrossEntropy()
     """What is minimised."""
-    selector: Annotated[Selector, Slot("selector")] = SelectAll()
+    selector: Annotated[Selecting, Slot("selector")] = SelectAll()
     """Which rows of a draw are trained on."""
     gradient: Annotated[tuple[Gradient, ...], Slot("gradient")] = (Clip(),)
     """What happens between backward and the update, in this order."""

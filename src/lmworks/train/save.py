@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
         model.safetensors       weights by parameter name
         optimizer.safetensors   'parameter name/state name'
+        selector.safetensors    what the selector remembers
         random.safetensors      generator states as bytes
         state.json              step, tokens, data position, watchers, ...
         manifest.json           size and SHA-256 of each file above; written last: a folder without it is not complete
@@ -30,8 +31,8 @@ from lmworks.core import files
 from lmworks.core.errors import CheckpointError
 from lmworks.core.recipe import PositiveInt
 
-FORMAT = 1
-TENSOR_FILES = ("model", "optimizer", "random")
+FORMAT = 2
+TENSOR_FILES = ("model", "optimizer", "selector", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Saving:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a run needs to go on: tensors by file ('model', 'optimizer', 'random') and a JSON state."""
+    """All that a run needs to go on: tensors by file ('model', 'optimizer', 'selector', 'random') and a JSON state."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]

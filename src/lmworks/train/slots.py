@@ -18,13 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
+
+if TYPE_CHECKING:
+    from lmworks.train.probe import Probe
 
 State = dict[str, Any]
 """What a slot keeps across a restart: JSON values, and tensors under string keys."""
@@ -57,6 +60,9 @@ class Component:
 class Objective(ABC):
     """What is minimised: a sum of named components, each divided by its own count over the whole step."""
 
+    predicts: ClassVar[bool] = False
+    """Whether the model's answer is a distribution that targets can be drawn from: `sampled` then works."""
+
     @abstractmethod
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Units (tokens, pairs) of each component in this batch, counted before any forward pass."""
@@ -64,6 +70,14 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: Backbone, batch: Batch) -> dict[str, Component]:
         """The components' sums over this batch, with gradient."""
+
+    def each(self, model: Backbone, batch: Batch) -> Tensor:
+        """The loss of each row by itself (B), no gradient: the mean over the row's own units; nan for a row of none."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of a single row")
+
+    def sampled(self, model: Backbone, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with each counted target drawn from the model's own distribution, no gradient."""
+        raise NotImplementedError(f"{type(self).__name__} predicts no distribution")
 
 
 class Selector(ABC):
@@ -77,12 +91,33 @@ class Selector(ABC):
     def select(self, batch: Batch, rows: int, probe: Probe) -> Batch:
         """The chosen `rows` rows."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What to keep across a restart."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` gave."""
+
+
+class Selecting(ABC):
+    """A selector's settings, which start the running selector."""
+
+    @abstractmethod
+    def start(self, model: Backbone, optimizer: Optimizer, sources: Mapping[str, float]) -> Selector:
+        """A selector that has seen nothing yet. `sources`: each reader's name and its share of the rows, in order."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SelectAll(Selector):
+class SelectAll(Selecting):
     """Every row that was drawn."""
 
+    def start(self, model: Backbone, optimizer: Optimizer, sources: Mapping[str, float]) -> Selector:
+        """A selector that takes all."""
+        return _All()
+
+
+class _All(Selector):
     def candidates(self, rows: int) -> int:
         """Exactly as many as are wanted."""
         return rows
@@ -189,35 +224,3 @@ class Watching(ABC):
     @abstractmethod
     def start(self) -> Watcher:
         """A watcher that has seen nothing yet."""
-
-
-class Probe:
-    """Extra passes, lent by the step: own random numbers, never touches `.grad`, and its cost is booked.
-
-    Methods that need more than the step's own gradient (curvature, scores of candidates) ask here.
-    """
-
-    def __init__(self, model: Backbone, objective: Objective, *, seed: int) -> None:
-        self.model = model
-        self.objective = objective
-        device = next(model.parameters()).device
-        self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.batch: Batch | None = None
-        self.passes = 0
-        """Tokens sent through extra forward or backward passes so far."""
-
-    def gradients(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-        """Gradient of the objective's mean over `batch`, for the given parameters; `.grad` stays as it is."""
-        counts = self.objective.count(batch)
-        parts = self.objective.loss(self.model, batch)
-        loss = torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum()
-        self.passes += 3 * batch.tokens_BT.numel()
-        return torch.autograd.grad(loss, list(parameters))
-
-    def state(self) -> dict[str, Tensor]:
-        """The generator's state."""
-        return {"generator": self.generator.get_state()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` gave."""
-        self.generator.set_state(state["generator"])

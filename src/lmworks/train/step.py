@@ -12,7 +12,8 @@ from torch import Tensor
 from lmworks.core.errors import NonFinite
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
-from lmworks.train.slots import Gradient, Objective, Probe, Selector, Source, Update
+from lmworks.train.probe import Probe
+from lmworks.train.slots import Gradient, Objective, Selector, Source, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,10 @@ class StepResult:
     """Global L2 norm as it came from the backward passes."""
     units: dict[str, int]
     """Counts of each component; 'cross_entropy' counts target tokens."""
+    passes: float
+    """Tokens times forward passes that were spent: three for every token trained on, and what the probe booked."""
     extra: dict[str, float]
-    """What the gradient stages reported."""
+    """What the gradient stages reported and the other slots noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class Step:
 
     def __call__(self) -> StepResult:
         """Make one step. Raises NonFinite, with nothing updated, when loss or gradient is inf or nan."""
+        self.probe.begin()
         drawn = self.source.draw(self.selector.candidates(self.rows)).to(self.device)
         batch = self.selector.select(drawn, self.rows, self.probe)
         self.probe.batch = batch
@@ -68,7 +72,8 @@ class Step:
             loss=float(loss),
             grad_norm=float(norm),
             units={name: int(count) for name, count in counts.items()},
-            extra={name: float(value) for name, value in extra.items()},
+            passes=3.0 * batch.tokens_BT.numel() + self.probe.booked,
+            extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
         )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import final
 
 from lmworks.core.recipe import NonNegativeFloat, PositiveInt
-from lmworks.train.slots import Change, Probe, State, StepRecord, Watcher, Watching
+from lmworks.train.probe import Probe
+from lmworks.train.slots import Change, State, StepRecord, Watcher, Watching
 
 
 @final
