@@ -15,13 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest
-from hypothesis import settings
-
-settings.register_profile("lmworks", deadline=None, derandomize=True)  # a busy machine is no failure; a failure repeats
-settings.load_profile("lmworks")
 
 TIERS = {"ranks", "slow", "gpu"}
-
 
 # The same examples in every run; no deadline, because a busy machine is not a fault of the code.
 hypothesis.settings.register_profile("lmworks", deadline=None, derandomize=True, database=None)

@@ -64,8 +64,8 @@ def own_forms() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in) x (out, in) -> (..., out), computed in the precision of x.
 
-    Without gradients (evaluation, export, generation) MKL's product is taken: against float64, oneDNN's sums are 2 to 4
-    times less exact, enough to push the logits of SmolLM2-135M 3e-4 away from transformers' instead of 7e-5.
+    Without gradients (evaluation, export, generation) MKL's product is taken: its sums are closer to those of float64
+    than oneDNN's, and so the logits to those of other libraries.
     """
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)

@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Ask the C library to keep what a step frees for the next step; False where there is no glibc.
 
     By default every large tensor is a mapping of its own: given back when it is freed, and filled with zeros by the
-    kernel, page by page, when the next one is made. That was 8 to 12 % of a training step (benchmarks/log.md).
+    kernel, page by page, when the next one is made (benchmarks/log.md has what that costs).
     """
     if not sys.platform.startswith("linux"):
         return False
