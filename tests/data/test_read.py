@@ -57,6 +57,24 @@ def test_settings_choose_files() -> None:
         PythonStdlib(suffixes=(".nothing",)).files()
 
 
+def test_patterns_make_sources_of_different_kinds() -> None:
+    whole = {file.name for file in PythonStdlib().files()}
+    tables = {file.name for file in PythonStdlib(include=("encodings/*",)).files()}
+    rest = {file.name for file in PythonStdlib(exclude=("encodings/*",)).files()}
+    assert tables == {name for name in whole if name.startswith("encodings/")}
+    assert rest == whole - tables
+    with pytest.raises(DataError, match="of nowhere/"):
+        PythonStdlib(include=("nowhere/*",)).files()
+
+
+def test_the_standard_library_is_read_in_blocks() -> None:
+    chosen = ("this.py",)
+    (whole,) = texts(PythonStdlib(include=chosen))
+    blocks = texts(PythonStdlib(include=chosen, split="block"))
+    assert len(blocks) > 1
+    assert "".join(blocks).split() == whole.split()
+
+
 def test_max_bytes_ends_the_reading() -> None:
     whole = PythonStdlib()
     kept = texts(PythonStdlib(max_bytes=50_000))

@@ -28,13 +28,14 @@ FORMAT = 1
 @final
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B rows of T tokens, all tensors int64.
+    """B rows of T tokens; tensors are int64 where nothing else is said.
 
     tokens_BT: inputs. targets_BT: the token after each input, -100 where no loss counts (the next document's bos,
     padding). positions_BT: 0, 1, ... from the beginning of each document or of the row. documents_BT: 0, 1, ... in each
     row; a token attends to earlier ones of its own document only. sources_BT: which reader each token is from, counted
     in the recipe's order; a training row has one. bytes_B: UTF-8 bytes that each row's targets stand for; None for
-    training rows, where nobody asks.
+    training rows, where nobody asks. weights_B: float32, how much each row's targets weigh in the loss and in its
+    counts; None: all alike.
     """
 
     tokens_BT: Tensor
@@ -43,6 +44,7 @@ class Batch:
     documents_BT: Tensor
     sources_BT: Tensor
     bytes_B: Tensor | None = None
+    weights_B: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -56,11 +58,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory the copy does not wait."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self._tensors()))  # type: ignore[arg-type]  # only bytes_B is ever None
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self._tensors()))  # type: ignore[arg-type]  # only the last two are ever None
 
     def pinned(self) -> Batch:
         """The batch in page-locked memory."""
-        return Batch(*(None if t is None else t.pin_memory() for t in self._tensors()))  # type: ignore[arg-type]  # only bytes_B is ever None
+        return Batch(*(None if t is None else t.pin_memory() for t in self._tensors()))  # type: ignore[arg-type]  # only the last two are ever None
 
     def split(self, rows: int) -> list[Batch]:
         """Batches of at most `rows` rows, in order; the last one may be smaller."""
@@ -68,7 +70,7 @@ class Batch:
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         """The chosen rows."""
-        return Batch(*(None if t is None else t[rows] for t in self._tensors()))  # type: ignore[arg-type]  # only bytes_B is ever None
+        return Batch(*(None if t is None else t[rows] for t in self._tensors()))  # type: ignore[arg-type]  # only the last two are ever None
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return (
@@ -78,6 +80,7 @@ class Batch:
             self.documents_BT,
             self.sources_BT,
             self.bytes_B,
+            self.weights_B,
         )
 
 

@@ -14,6 +14,7 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -106,6 +107,12 @@ class PythonStdlib(Reader):
     """Endings of the files that are read."""
     tests: bool = False
     """Also read the standard library's own tests, which are more than half of its sources."""
+    include: tuple[str, ...] = ("*",)
+    """Patterns of names below the library's folder, as in "encodings/*"; `*` also matches `/`."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of names that are left out again."""
+    split: Literal["file", "block"] = "file"
+    """One document per file, or one per block of lines between blank lines."""
 
     def files(self) -> list[SourceFile]:
         """Files below the standard library's folder, sorted by name; installed packages are left out."""
@@ -117,18 +124,22 @@ class PythonStdlib(Reader):
         for folder, below, names in os.walk(root):
             below[:] = [name for name in below if name not in skipped]
             found += [Path(folder, name) for name in names if name.endswith(self.suffixes)]
-        if not found:
+        chosen = [file for file in (SourceFile(p.relative_to(root).as_posix(), p) for p in found) if self._takes(file)]
+        if not chosen:
             raise DataError(
-                f"no {', '.join(self.suffixes)} files in the standard library",
+                f"no {', '.join(self.suffixes)} files of {', '.join(self.include)} in the standard library",
                 where=str(root),
                 next_step="use the reader 'text' with files of your own; this Python may live in a zip file",
             )
-        return sorted((SourceFile(p.relative_to(root).as_posix(), p) for p in found), key=lambda f: f.name)
+        return sorted(chosen, key=lambda file: file.name)
+
+    def _takes(self, file: SourceFile) -> bool:
+        taken, left_out = (any(fnmatchcase(file.name, p) for p in ps) for ps in (self.include, self.exclude))
+        return taken and not left_out
 
     def records(self, file: SourceFile) -> Iterator[Record | Dropped]:
-        """The file as one document."""
-        text = read_utf8(file.path)
-        yield Dropped(file.name, NOT_UTF8) if text is None else self.document(file.name, text, "PSF-2.0")
+        """The file as one document, or its blocks."""
+        yield from _text_documents(self, file, self.split, "PSF-2.0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +166,7 @@ class TextFiles(PathReader):
 
     def records(self, file: SourceFile) -> Iterator[Record | Dropped]:
         """The file as one document, or its blocks."""
-        text = read_utf8(file.path)
-        if text is None:
-            yield Dropped(file.name, NOT_UTF8)
-        elif self.split == "file":
-            yield self.document(file.name, text, self.licence)
-        else:
-            for i, block in enumerate(_blocks(text)):
-                yield self.document(f"{file.name}#{i}", block, self.licence)
+        yield from _text_documents(self, file, self.split, self.licence)
 
 
 @final
@@ -330,6 +334,20 @@ def read_utf8(path: Path) -> str | None:
         return None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _text_documents(
+    reader: Reader, file: SourceFile, split: Literal["file", "block"], licence: str | None
+) -> Iterator[Record | Dropped]:
+    """A text file as one document, or its blocks."""
+    text = read_utf8(file.path)
+    if text is None:
+        yield Dropped(file.name, NOT_UTF8)
+    elif split == "file":
+        yield reader.document(file.name, text, licence)
+    else:
+        for i, block in enumerate(_blocks(text)):
+            yield reader.document(f"{file.name}#{i}", block, licence)
 
 
 def _encodes(text: str) -> bool:

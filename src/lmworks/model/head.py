@@ -26,25 +26,37 @@ LEAST_ROWS = 512
 """Tokens of a chunk, however large the vocabulary."""
 
 
-def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
+def cross_entropy_sum(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    shares_N: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
     """Sum over valid tokens of -log softmax(hidden @ weight.T)[target]; a float32 (or float64) scalar.
 
-    Targets equal to IGNORE do not count. `chunk` is the number of tokens whose logits exist at a time (default: by
-    CHUNK_BYTES). Exact in value and gradient: the same as the whole-tensor form up to the order of float additions.
+    Targets equal to IGNORE do not count. `shares_N`: a factor for each token's term, without gradient. `chunk` is the
+    number of tokens whose logits exist at a time (default: by CHUNK_BYTES). Exact in value and gradient: the same as
+    the whole-tensor form up to the order of float additions.
     """
     rows = chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)
     if not ops.own_forms():
-        return _plain_sum(hidden_ND, weight_VD, targets_N, rows)
-    result: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, rows)  # type: ignore[no-untyped-call]
+        return _plain_sum(hidden_ND, weight_VD, targets_N, shares_N, rows)
+    result: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, shares_N, rows)  # type: ignore[no-untyped-call]
     return result
 
 
-def _plain_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int) -> Tensor:
+def _plain_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shares_N: Tensor | None, rows: int) -> Tensor:
     """The same sum in plain PyTorch, which can be differentiated again."""
     total = torch.zeros((), dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
     for at in _chunks(targets_N.shape[0], rows):
         logits_CV = ops.linear(hidden_ND[at], weight_VD, None).to(total.dtype)
-        total = total + F.cross_entropy(logits_CV, targets_N[at], ignore_index=IGNORE, reduction="sum")
+        if shares_N is None:
+            total = total + F.cross_entropy(logits_CV, targets_N[at], ignore_index=IGNORE, reduction="sum")
+        else:
+            loss_C = F.cross_entropy(logits_CV, targets_N[at], ignore_index=IGNORE, reduction="none")
+            total = total + (loss_C * shares_N[at]).sum()
     return total
 
 
@@ -74,7 +86,9 @@ class _CrossEntropySum(torch.autograd.Function):
     """Gradients are made in the forward pass and only scaled in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shares_N: Tensor | None, rows: int
+    ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dtype = hidden_ND.dtype
         weight = weight_VD.to(dtype)
@@ -84,10 +98,11 @@ class _CrossEntropySum(torch.autograd.Function):
         for at in _chunks(targets_N.shape[0], rows):
             targets_C = targets_N[at]
             loss_C, logits_CV = _chunk_loss(_logits(hidden_ND[at], weight), targets_C)
-            total += loss_C.sum()
+            total += loss_C.sum() if shares_N is None else (loss_C * shares_N[at]).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad_CV = _gradient_in_place(logits_CV, targets_C).to(dtype)
+            grad_CV = _gradient_in_place(logits_CV, targets_C)
+            grad_CV = (grad_CV if shares_N is None else grad_CV.mul_(shares_N[at, None])).to(dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[at])
             if grad_weight is not None:
@@ -97,12 +112,12 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @ops.first_order_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (grad,) = grads
         hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
         weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
-        return hidden, weight, None, None
+        return hidden, weight, None, None, None
 
 
 def _chunk_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

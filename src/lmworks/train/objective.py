@@ -24,28 +24,42 @@ class CrossEntropy(Objective):
     """Targets can be drawn from the model's softmax."""
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
-        """Valid targets."""
-        return {"cross_entropy": (batch.targets_BT != IGNORE).sum()}
+        """Valid targets, each times its row's weight."""
+        valid_BT = batch.targets_BT != IGNORE
+        if batch.weights_B is None:
+            return {"cross_entropy": valid_BT.sum()}
+        return {"cross_entropy": (valid_BT.sum(1) * batch.weights_B).sum()}
 
-    def loss(self, model: Backbone, batch: Batch) -> dict[str, Component]:
-        """The sum of -log p(target), in nats."""
-        hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
-        total = cross_entropy_sum(hidden_BTD.flatten(0, 1), model.head_weight(), batch.targets_BT.flatten())
+    def loss(self, model: Backbone, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
+        """The sum of -log p(target), in nats, each times its row's weight."""
+        hidden_BTD = hidden_states(model, batch) if hidden_BTD is None else hidden_BTD
+        shares_N = None
+        if batch.weights_B is not None:
+            shares_N = batch.weights_B[:, None].expand_as(batch.targets_BT).flatten()
+        total = cross_entropy_sum(
+            hidden_BTD.flatten(0, 1), model.head_weight(), batch.targets_BT.flatten(), shares_N=shares_N
+        )
         return {"cross_entropy": Component(total=total)}
 
     @torch.no_grad()
-    def each(self, model: Backbone, batch: Batch) -> Tensor:
+    def each(self, model: Backbone, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
         """Mean of -log p(target) over each row's valid targets (B), float32; nan for a row without any."""
-        hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        hidden_BTD = hidden_states(model, batch) if hidden_BTD is None else hidden_BTD
         return mean_of_rows(hidden_BTD, model.head_weight(), batch.targets_BT)
 
     @torch.no_grad()
     def sampled(self, model: Backbone, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with every valid target drawn from softmax(logits); ignored targets stay ignored."""
-        hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        hidden_BTD = hidden_states(model, batch)
         drawn_N = sampled_targets(hidden_BTD.flatten(0, 1), model.head_weight(), generator)
         targets_BT = torch.where(batch.targets_BT == IGNORE, IGNORE, drawn_N.view_as(batch.targets_BT))
         return dataclasses.replace(batch, targets_BT=targets_BT)
+
+
+def hidden_states(model: Backbone, batch: Batch) -> Tensor:
+    """The model's hidden states of a batch (B, T, D)."""
+    result: Tensor = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+    return result
 
 
 def mean_of_rows(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:

@@ -32,11 +32,13 @@ class Probe:
         """The rows that this step trains on."""
         self.booked = 0.0
         """Tokens times forward passes of everything that was done here since the step began."""
+        self.booked_aside = 0.0
+        """The same for measurements."""
         self._notes: dict[str, Tensor | float] = {}
 
     def begin(self) -> None:
         """A new step: nothing is booked, nothing noted."""
-        self.batch, self.booked, self._notes = None, 0.0, {}
+        self.batch, self.booked, self.booked_aside, self._notes = None, 0.0, 0.0, {}
 
     def note(self, name: str, value: Tensor | float) -> None:
         """A number for this step's row; names are 'method/what'."""
@@ -49,6 +51,16 @@ class Probe:
     def book(self, tokens: int, passes: float) -> None:
         """Book `passes` forward passes over `tokens` tokens; a backward pass counts as two."""
         self.booked += tokens * passes
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is booked in here is a measurement, not the method's: it counts in `booked_aside` only."""
+        before = self.booked
+        try:
+            yield
+        finally:
+            self.booked_aside += self.booked - before
+            self.booked = before
 
     def gradients(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
         """Gradient of the objective's mean over `batch`, for the given parameters, micro-batch by micro-batch."""

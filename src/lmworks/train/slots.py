@@ -65,14 +65,23 @@ class Objective(ABC):
 
     @abstractmethod
     def count(self, batch: Batch) -> dict[str, Tensor]:
-        """Units (tokens, pairs) of each component in this batch, counted before any forward pass."""
+        """Units (tokens, pairs) of each component in this batch, counted before any forward pass.
+
+        Where the batch has `weights_B`, a unit counts as much as its row weighs.
+        """
 
     @abstractmethod
-    def loss(self, model: Backbone, batch: Batch) -> dict[str, Component]:
-        """The components' sums over this batch, with gradient."""
+    def loss(self, model: Backbone, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
+        """The components' sums over this batch, each row times its weight, with gradient.
 
-    def each(self, model: Backbone, batch: Batch) -> Tensor:
-        """The loss of each row by itself (B), no gradient: the mean over the row's own units; nan for a row of none."""
+        `hidden_BTD`: the model's hidden states of this batch, where the caller has them already.
+        """
+
+    def each(self, model: Backbone, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+        """The loss of each row by itself (B), no gradient: the mean over the row's own units; nan for a row of none.
+
+        Rows' weights do not matter here. `hidden_BTD` as in `loss`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no loss of a single row")
 
     def sampled(self, model: Backbone, batch: Batch, generator: torch.Generator) -> Batch:

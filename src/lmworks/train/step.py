@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,10 +72,16 @@ class Step:
         return StepResult(
             loss=float(loss),
             grad_norm=float(norm),
-            units={name: int(count) for name, count in counts.items()},
+            units=self._units(batch, counts),
             passes=3.0 * batch.tokens_BT.numel() + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
         )
+
+    def _units(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, int]:
+        """Whole units, where the divisors are weighted too."""
+        if batch.weights_B is not None:
+            counts = self.objective.count(dataclasses.replace(batch, weights_B=None))
+        return {name: int(count) for name, count in counts.items()}
 
 
 def accumulate(

@@ -18,7 +18,8 @@ def validate(
 ) -> dict[str, float]:
     """val_loss (nats per target token) and val_bits_per_byte over the batches; every target counts once.
 
-    With more than one name in `sources`: val_loss/NAME over the targets of each source as well.
+    With more than one name in `sources`: val_loss/NAME over the targets of each source as well, and val_loss/mean, the
+    mean of these over the sources.
     """
     total, tokens, size = 0.0, 0, 0
     apart = torch.zeros(2, max(1, len(sources)), dtype=torch.float64, device=device)  # loss, targets
@@ -42,5 +43,6 @@ def validate(
     if size:
         found["val_bits_per_byte"] = total / math.log(2) / size
     if len(sources) > 1:
-        found |= {f"val_loss/{name}": float(a / n) for name, a, n in zip(sources, *apart, strict=True) if n > 0}
+        each = {f"val_loss/{name}": float(a / n) for name, a, n in zip(sources, *apart, strict=True) if n > 0}
+        found |= each | {"val_loss/mean": sum(each.values()) / len(each)}
     return found
