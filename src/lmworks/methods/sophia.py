@@ -18,20 +18,19 @@ rate, λ weight decay, β1 = 0.96, β2 = 0.99, ε = 1e-12, k = 10 steps between 
     θ ← θ - η λ θ                    matrices only
     θ ← θ - η clip(m / max(γ h, ε), -1, 1)
 
-ĥ is estimated at the weights before the update, so the first step has an estimate. Where h is zero or negative, the
-step is η sign(m). There is no square root, no second moment of g and no bias correction: at first h is 1 % of its
-estimate, most coordinates are clipped, and the update is that of sign momentum; plan a warm-up.
+ĥ is estimated at the weights before the update, so the first step has an estimate. Where h <= 0 the step is η sign(m).
+No square root, no second moment of g, no bias correction: at first h is 1 % of its estimate, most coordinates are
+clipped, and the update is that of sign momentum; plan a warm-up.
 
-`estimator = "gauss-newton"` (Sophia-G): every target is drawn anew from the model's own softmax, ĝ is the gradient of
-the mean loss against the drawn targets, and ĥ = B ĝ². B is the number of valid targets in the rows used. Masked targets
-count neither in the loss nor in B. ĥ is the diagonal of the Gauss-Newton matrix on average, and never negative.
+`estimator = "gauss-newton"` (Sophia-G): targets are drawn anew from the model's own softmax, ĝ is the gradient of the
+mean loss against them, and ĥ = B ĝ², with B the number of targets that count; masked ones do not. On average ĥ is the
+diagonal of the Gauss-Newton matrix. It is never negative.
 
-`estimator = "hutchinson"` (Sophia-H): ĥ = u (∇²L u) in every coordinate, for random u: gaussian, or rademacher (±1,
-which has less variance). One Hessian-vector product. ĥ is the diagonal of the Hessian on average, and may be negative.
+`estimator = "hutchinson"` (Sophia-H): ĥ = u (∇²L u) in every coordinate, one Hessian-vector product for a random u:
+gaussian, or rademacher (±1, less variance). On average ĥ is the diagonal of the Hessian. It may be negative.
 
-Both use a share of the step's rows (0.5 for gauss-newton, 1/15 for hutchinson: the paper's 240 and 32 of 480), taken at
-even distances. Random numbers come from the probe's generator and are saved in checkpoints. Micro-batches are summed
-before anything is squared.
+Both use a share of the step's rows (1/2 for gauss-newton, 1/15 for hutchinson: the paper's 240 and 32 of 480), taken at
+even distances. Their random numbers are saved in checkpoints. Micro-batches are summed before anything is squared.
 
 Columns of metrics.jsonl: `sophia/win_rate`, the share of coordinates with |m| < γ h, which take a step below η;
 `sophia/clipped`, the share with |m| >= max(γ h, ε), which take a step of exactly η (of each block with `per_block`).
@@ -45,45 +44,40 @@ work of the estimate divided by the step's own, which is in `flops` as well.
 - `weight_decay` about twice AdamW's; the authors take 0.2.
 - `gamma`: watch `sophia/win_rate`. It should peak early and then stay between 0.1 and 0.5. A larger gamma raises it.
   The authors' values for gauss-newton: 0.05, 0.08, 0.05 for the three sizes; 0.01 for hutchinson.
+  For models below 30M parameters nothing is published.
 - `watchers = [{ use = "sophia-health" }]` says so when win_rate has been outside 0.05 to 0.6 for 500 steps.
 - When the loss blows up: lower lr a little, or raise gamma.
 
-Memory: two float32 numbers per weight, as AdamW, and two more for a moment in the update. Work on top of a step, with
-the defaults: gauss-newton 4 forward passes over half the rows in every tenth step, 7 %; hutchinson 9 over a fifteenth,
-2 %. Hutchinson's pass keeps the graph of the backward pass, and so takes more memory for each row.
+Memory: two float32 numbers per weight, as AdamW, and two more during the update; hutchinson also keeps the graph of a
+backward pass. Work on top of a step, by default: gauss-newton 4 forward passes over half the rows in every tenth step,
+7 % (targets are drawn in a pass of their own, so that objectives stay simple); hutchinson 9 over a fifteenth, 2 %.
 
 ## Differences
 
-- The published code estimates after the update of steps 10, 20, ..., and makes ten steps with h = 0. We follow the
-  paper: before the update of steps 1, 11, ....
-- The published code clips ĝ to norm 1 before it squares, which makes h too small whenever the clip bites. We do not
-  clip ĝ. The momentum's gradient is clipped by the recipe's `gradient` stages, as there.
-- The published code keeps h without B and divides by ρ B h + 1e-15, B a constant of 480 * 1024 tokens. Ours is the same
-  with γ = ρ, B in h, and B counted in the rows that were used. Rates mean the same in both.
-- The published code estimates on as many new rows as a step has. The paper, and we, use a share of the step's own.
-- It has gauss-newton only; levanter has hutchinson only, and corrects the bias of m, which the paper does not.
+- The published code estimates after steps 10, 20, ..., on as many new rows as a step has. The paper, and we, estimate
+  before the updates of steps 1, 11, ..., on a share of the step's own rows.
+- It clips ĝ to norm 1 before it squares, which makes h too small whenever the clip bites. We do not clip ĝ. The
+  momentum's gradient is clipped by the recipe's `gradient` stages, as there.
+- It keeps h without B and divides by ρ B h + 1e-15, B a constant of 480 * 1024 tokens. Ours is the same with γ = ρ, B
+  in h, and B counted in the rows that were used. Rates mean the same in both.
+- It has gauss-newton only. levanter has hutchinson only, and corrects the bias of m, which the paper does not.
 - Weight decay falls on matrices, and on embedding tables only with `decay_embeddings`.
-- Drawing targets and their gradient are two forward passes here, where one would do: objectives stay simple, and the
-  price is 1 of 4 passes of an estimate.
-- The authors scale attention by 1 / (block + 1) for every optimizer they compare. An optimizer does not touch the model
-  here.
+- The authors scale attention by 1 / (block + 1) for all optimizers. Here an optimizer does not touch the model.
 
 ## Limits
 
-- gauss-newton needs an objective whose targets can be drawn from the model, with one kind of unit; others are refused.
+- gauss-newton needs targets that can be drawn from the model, and one kind of unit; other objectives are refused.
 - hutchinson differentiates twice. Attention then runs by its plain formula, and compiled blocks are refused.
-- When an estimate runs out of GPU memory, it is made on half the rows, and stays so; B follows. When not even one row
-  fits, the error is raised.
-- Rows without a valid target are no estimate: h stays. An estimate that is not finite ends the run before the update.
-- Frozen weights, and weights with sparse gradients or none, are passed over and have no state.
-- Good settings for models below 30M parameters are not published.
+- An estimate that runs out of GPU memory is made on half the rows, from then on; B follows. Rows without a valid target
+  give none: h stays. One that is not finite ends the run before the update.
+- Weights that are frozen, or have a sparse gradient or none, are passed over and have no state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, cast, final
+from typing import Annotated, Any, Literal, cast, final
 
 import torch
 from annotated_types import Interval
@@ -99,6 +93,8 @@ from lmworks.train.slots import Change, Optimizer, State, StepRecord, Update, Wa
 
 Directions = Literal["gaussian", "rademacher"]
 Share = Annotated[float, Interval(gt=0, le=1)]
+Estimate = list[Tensor] | None
+Weights = Sequence[nn.Parameter]
 
 GAMMA = {"gauss-newton": 0.05, "hutchinson": 0.01}
 SHARE = {"gauss-newton": 240 / 480, "hutchinson": 32 / 480}
@@ -142,19 +138,13 @@ class Sophia(Optimizer):
         """An estimator that the objective or the model cannot serve, and a setting without effect."""
         if self.estimator == "gauss-newton":
             if not recipe.objective.predicts:
-                text = (
-                    "gauss-newton draws targets from the model's own distribution, and this objective predicts none. "
-                    'Take estimator = "hutchinson"'
-                )
-                yield Problem(path="estimator", text=text)
+                text = "draws targets from the model's own distribution, and this objective predicts none"
+                yield Problem(path="estimator", text=f'gauss-newton {text}. Take estimator = "hutchinson"')
             if self.directions is not None:
                 yield Problem(path="directions", text='has no effect without estimator = "hutchinson"')
         elif recipe.compile:
-            text = (
-                "hutchinson differentiates twice, which compiled blocks cannot. "
-                'Take compile = false, or estimator = "gauss-newton"'
-            )
-            yield Problem(path="estimator", text=text)
+            text = "differentiates twice, which compiled blocks cannot. Take compile = false, or gauss-newton"
+            yield Problem(path="estimator", text=f"hutchinson {text}")
 
 
 @final
@@ -181,23 +171,14 @@ class SophiaHealth(Watching):
             yield Problem(path="", text='has no effect: it watches optimizer = { use = "sophia" }')
 
 
-class Clipped(NamedTuple):
-    """How many coordinates of one parameter took which step, as scalars on its device."""
-
-    wins: Tensor
-    clipped: Tensor
-    total: int
-
-
 @final
 class Curved(Update):
     """Asks for an estimate when one is due, then lets SophiaOptimizer step."""
 
     def __init__(self, settings: Sophia, groups: list[dict[str, Any]]) -> None:
         self._settings = settings
-        kind = settings.estimator
-        gamma = GAMMA[kind] if settings.gamma is None else settings.gamma
-        self._share = SHARE[kind] if settings.share is None else settings.share
+        gamma = GAMMA[settings.estimator] if settings.gamma is None else settings.gamma
+        self._share = settings.share or SHARE[settings.estimator]
         self._inner = SophiaOptimizer(groups, lr=settings.lr, betas=settings.betas, gamma=gamma, eps=settings.eps)
         self._by_name = TorchUpdate([self._inner])
         self._own = {"step": 0, "last_estimate": 0, "most_rows": 0}
@@ -211,7 +192,8 @@ class Curved(Update):
         """One update, after an estimate when one is due. Raises NonFinite, with nothing changed, for a bad estimate."""
         self._own["step"] += 1
         if (self._own["step"] - 1) % self._settings.every == 0:
-            self._look(probe)
+            assert probe.batch is not None, "the step tells the probe its rows"
+            self._look(probe, probe.batch)
         self._by_name.step(probe)
         self._note(probe)
 
@@ -229,36 +211,30 @@ class Curved(Update):
         self._own = {name: int(state[f"sophia/{name}"]) for name in self._own}
         self._by_name.load({name: value for name, value in state.items() if not name.startswith("sophia/")})
 
-    def _look(self, probe: Probe) -> None:
+    def _look(self, probe: Probe, batch: Batch) -> None:
         """Take an estimate into h, unless no target counts."""
-        parameters = self._inner.stepping()
-        booked = probe.booked
-        rows, found = self._estimate(probe, parameters)
+        parameters, booked = self._inner.stepping(), probe.booked
+        rows, found = self._estimate(probe, batch, parameters)
         if found is None:
             return
         if not bool(torch.stack([estimate.isfinite().all() for estimate in found]).all()):
-            raise NonFinite(
-                f"the {self._settings.estimator} estimate of the curvature is not finite; the update was not made",
-                next_step="start anew with a lower rate: --resume never --set optimizer.lr=...",
-            )
-        norm = self._inner.remember(parameters, found)
+            what = f"the {self._settings.estimator} estimate of the curvature is not finite; the update was not made"
+            raise NonFinite(what, next_step="start anew with a lower rate: --resume never --set optimizer.lr=...")
+        probe.note("sophia/h_norm", self._inner.remember(parameters, found))
         self._own["last_estimate"] = self._own["step"]
-        probe.note("sophia/h_norm", norm)
         probe.note("sophia/estimate_rows", rows)
-        assert probe.batch is not None, "an estimate has been made on it"
-        probe.note("sophia/estimate_cost", (probe.booked - booked) / (3 * probe.batch.tokens_BT.numel()))
+        probe.note("sophia/estimate_cost", (probe.booked - booked) / (3 * batch.tokens_BT.numel()))
 
-    def _estimate(self, probe: Probe, parameters: Sequence[nn.Parameter]) -> tuple[int, list[Tensor] | None]:
+    def _estimate(self, probe: Probe, batch: Batch, parameters: Weights) -> tuple[int, Estimate]:
         """How many rows were used, and the estimate; on half the rows when memory ends."""
-        assert probe.batch is not None, "the step tells the probe its rows"
-        rows = max(1, round(self._share * probe.batch.rows))
+        rows = max(1, round(self._share * batch.rows))
         rows = min(rows, self._own["most_rows"] or rows)
         while True:
+            used = spread(batch, rows)
             try:
-                batch = spread(probe.batch, rows)
                 if self._settings.estimator == "gauss-newton":
-                    return rows, gauss_newton(probe, batch, parameters)
-                return rows, hutchinson(probe, batch, parameters, self._settings.directions or "gaussian")
+                    return rows, gauss_newton(probe, used, parameters)
+                return rows, hutchinson(probe, used, parameters, self._settings.directions or "gaussian")
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
@@ -269,16 +245,12 @@ class Curved(Update):
         tally = self._inner.tally
         if not tally:
             return
-        whole = _sum(list(tally.values()))
-        probe.note("sophia/win_rate", whole.wins / whole.total)
-        probe.note("sophia/clipped", whole.clipped / whole.total)
-        if self._settings.per_block:
-            blocks: dict[str, list[Clipped]] = {}
-            for name, counted in tally.items():
-                blocks.setdefault(_block(name), []).append(counted)
-            for block, parts in blocks.items():
-                part = _sum(parts)
-                probe.note(f"sophia/clipped/{block}", part.clipped / part.total)
+        win_rate, clipped = _shares(tally.values())
+        probe.note("sophia/win_rate", win_rate)
+        probe.note("sophia/clipped", clipped)
+        for block in dict.fromkeys(_block(name) for name in tally) if self._settings.per_block else ():
+            _, clipped = _shares(counted for name, counted in tally.items() if _block(name) == block)
+            probe.note(f"sophia/clipped/{block}", clipped)
 
 
 @final
@@ -290,15 +262,15 @@ class SophiaOptimizer(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self._betas, self._gamma, self._eps = betas, gamma, eps
-        self.tally: dict[str, Clipped] = {}
-        """Of the last step, by parameter name."""
+        self.tally: dict[str, tuple[Tensor, int]] = {}
+        """Of the last step, by parameter name: coordinates that win and that are clipped (2); all coordinates."""
 
     def stepping(self) -> list[nn.Parameter]:
         """The parameters that the next step changes."""
         return [p for group in self.param_groups for p in group["params"] if _has_dense_gradient(p)]
 
     @torch.no_grad()
-    def remember(self, parameters: Sequence[nn.Parameter], estimates: Sequence[Tensor]) -> Tensor:
+    def remember(self, parameters: Weights, estimates: Sequence[Tensor]) -> Tensor:
         """h <- b2 h + (1 - b2) estimate for the given parameters; returns the norm of h over them."""
         curvatures = [self._kept(p)["curvature"] for p in parameters]
         wide = [estimate.to(h.dtype) for estimate, h in zip(estimates, curvatures, strict=True)]
@@ -323,7 +295,7 @@ class SophiaOptimizer(torch.optim.Optimizer):
             torch._foreach_clamp_min_(bounds, self._eps)
             ratios = torch._foreach_div(momenta, bounds)
             for name, won, ratio in zip(found, wins, ratios, strict=True):
-                self.tally[name] = Clipped(won, (ratio.abs() >= 1).sum(), ratio.numel())
+                self.tally[name] = torch.stack([won, (ratio.abs() >= 1).sum()]), ratio.numel()
             torch._foreach_clamp_min_(ratios, -1.0)
             torch._foreach_clamp_max_(ratios, 1.0)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -357,13 +329,10 @@ class _Health(Watcher):
         if self._since < self._settings.patience:
             return None
         self._since = 0
-        if side < 0:
-            place, advice = f"below {self._settings.low}", "nearly all coordinates are clipped; raise optimizer.gamma"
-        else:
-            place, advice = f"above {self._settings.high}", "hardly any is clipped; lower optimizer.gamma"
-        return Change(
-            reason=f"sophia/win_rate has been {place} for {self._settings.patience} steps ({rate:.3f} now): {advice}"
-        )
+        place = f"below {self._settings.low}" if side < 0 else f"above {self._settings.high}"
+        advice = "raise" if side < 0 else "lower"
+        since = f"for {self._settings.patience} steps ({rate:.3f} now)"
+        return Change(reason=f"sophia/win_rate has been {place} {since}: {advice} optimizer.gamma")
 
     def state(self) -> State:
         """The side and how long on it."""
@@ -380,7 +349,7 @@ def spread(batch: Batch, rows: int) -> Batch:
     return batch[at]
 
 
-def gauss_newton(probe: Probe, batch: Batch, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+def gauss_newton(probe: Probe, batch: Batch, parameters: Weights) -> Estimate:
     """B * (gradient of the mean loss against drawn targets) squared, for each parameter; None when no target counts.
 
     Raises UsageError when the loss has more than one kind of unit, so that there is no B.
@@ -388,47 +357,41 @@ def gauss_newton(probe: Probe, batch: Batch, parameters: Sequence[nn.Parameter])
     counts = probe.objective.count(batch)
     if len(counts) != 1:
         raise UsageError(
-            f"gauss-newton needs the number of independent terms of the loss, which here are {' + '.join(counts)}",
+            f"gauss-newton needs an objective with one kind of unit; here are {' + '.join(counts)}",
             where="optimizer.estimator",
-            legal="an objective with one kind of unit",
             next_step='--set optimizer.estimator="hutchinson"',
         )
     terms = int(next(iter(counts.values())))
     if terms == 0:
         return None
     gradients = probe.gradients(probe.sampled(batch), parameters)
-    return [gradient.to(_wide(gradient)).square() * terms for gradient in gradients]
+    return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square() * terms for gradient in gradients]
 
 
-def hutchinson(
-    probe: Probe, batch: Batch, parameters: Sequence[nn.Parameter], directions: Directions
-) -> list[Tensor] | None:
+def hutchinson(probe: Probe, batch: Batch, parameters: Weights, directions: Directions) -> Estimate:
     """u * (Hessian of the mean loss times u), for each parameter and random u; None when no unit counts."""
     if not any(int(count) for count in probe.objective.count(batch).values()):
         return None
     vectors = [_direction(p, directions, probe.generator) for p in parameters]
     products = probe.hessian_product(batch, parameters, vectors)
-    return [(u * product).to(_wide(product)) for u, product in zip(vectors, products, strict=True)]
+    return [u * product for u, product in zip(vectors, products, strict=True)]
 
 
 def _direction(like: Tensor, directions: Directions, generator: torch.Generator) -> Tensor:
-    drawn = torch.empty_like(like)
     if directions == "gaussian":
-        return drawn.normal_(generator=generator)
-    return drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)
+        return torch.empty_like(like).normal_(generator=generator)
+    return torch.empty_like(like).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
 def _has_dense_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and parameter.grad.layout == torch.strided
 
 
-def _sum(parts: list[Clipped]) -> Clipped:
-    wins, clipped, totals = zip(*parts, strict=True)
-    return Clipped(torch.stack(wins).sum(), torch.stack(clipped).sum(), sum(totals))
+def _shares(parts: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Shares of winning and of clipped coordinates (2), from their numbers (2) and how many there are."""
+    counts, totals = zip(*parts, strict=True)
+    shares: Tensor = torch.stack(counts).sum(0) / sum(totals)
+    return shares
 
 
 def _block(name: str) -> str:
