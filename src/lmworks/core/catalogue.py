@@ -72,7 +72,10 @@ SLOTS: dict[str, Shelf] = {
     ),
     "selector": Shelf(
         "which candidates of a draw are trained on",
-        {"all": Part("train.slots:SelectAll", "every row that was drawn")},
+        {
+            "all": Part("train.slots:SelectAll", "every row that was drawn"),
+            "colm": Part("methods.colm:Colm", "small sources whole, medoids of the others (CoLM)"),
+        },
         default="all",
     ),
     "gradient": Shelf(
