@@ -11,7 +11,20 @@ from collections.abc import Callable
 
 import typer
 
-from lmworks.cli import chat, doctor, eval, export, fetch, generate, methods, quickstart, tokenizer, train
+from lmworks.cli import (
+    chat,
+    compare,
+    doctor,
+    eval,
+    export,
+    fetch,
+    generate,
+    methods,
+    prove,
+    quickstart,
+    tokenizer,
+    train,
+)
 from lmworks.core.errors import LmworksError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -24,6 +37,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": eval.eval,
     "doctor": doctor.doctor,
     "methods": methods.methods,
+    "compare": compare.compare,
+    "prove": prove.prove,
 }
 
 app = typer.Typer(

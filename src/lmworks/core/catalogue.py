@@ -118,6 +118,15 @@ SLOTS: dict[str, Shelf] = {
             "sophia-health": Part("methods.sophia:SophiaHealth", "say so when Sophia clips nearly all or hardly any"),
         },
     ),
+    "executor": Shelf(
+        "where jobs run that do not depend on each other",
+        {
+            "local": Part("jobs.local:Local", "processes of this machine"),
+            "slurm": Part("jobs.slurm:Slurm", "an array of a Slurm cluster"),
+            "ray": Part("jobs.ray:Ray", "tasks of a Ray cluster"),
+        },
+        default="local",
+    ),
     "sink": Shelf(
         "where metrics are sent besides the run folder",
         {
@@ -131,6 +140,7 @@ SLOTS: dict[str, Shelf] = {
 
 VERBS: dict[str, str] = {
     "train": "train.recipe:Train",
+    "prove": "prove.recipe:Proof",
 }
 """Verbs that run a recipe, and the dataclass that such a recipe decodes to."""
 

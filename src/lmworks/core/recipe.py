@@ -77,18 +77,23 @@ def find(name: str, verb: str | None = None) -> Path:
 
 def read(path: Path) -> Table:
     """The table of a recipe file, with its `base` (one level) merged under it."""
-    table = _toml(path)
+    return with_base(_toml(path), path)
+
+
+def with_base(table: Table, path: Path | None = None) -> Table:
+    """The table with its `base` merged under it: a shipped recipe, or a file beside `path`."""
     if "base" not in table:
         return table
-    name = table.pop("base")
+    source = str(path) if path is not None else "recipe"
+    name = table["base"]
     if not isinstance(name, str):
-        raise RecipeError([Problem(path="base", text=f"must be a path, got {name!r}")], source=str(path))
-    beside = path.parent / name
+        raise RecipeError([Problem(path="base", text=f"must be a path, got {name!r}")], source=source)
+    beside = path.parent / name if path is not None else Path(name)
     base = _toml(beside if beside.is_file() else find(name))
     if "base" in base:
         text = f"{name} has a base of its own; a base is one level deep"
-        raise RecipeError([Problem(path="base", text=text)], source=str(path))
-    return merge(base, table)
+        raise RecipeError([Problem(path="base", text=text)], source=source)
+    return merge(base, {key: value for key, value in table.items() if key != "base"})
 
 
 def merge(under: Table, over: Table) -> Table:
@@ -110,14 +115,31 @@ def _names_another(over: Table, under: Table) -> bool:
 def apply_sets(table: Table, sets: Sequence[str]) -> Table:
     """The table with each 'a.b.0.c=value' written into it. A value is TOML; a bare word is a string."""
     problems: list[Problem] = []
+    values: Table = {}
     for item in sets:
         path, equals, text = item.partition("=")
         if not equals or not path.strip():
             problems.append(Problem(path=item, text="--set takes PATH=VALUE, as in --set optimizer.lr=1e-3"))
             continue
-        table = _with(table, path.strip().split("."), _value(text.strip()), path, problems)
+        values[path.strip()] = _value(text.strip())
+    table = _with_all(table, values, problems)
     if problems:
         raise RecipeError(problems, source="--set")
+    return table
+
+
+def with_values(table: Table, values: Table, *, source: str = "recipe") -> Table:
+    """The table with each value written at its dotted path, as `--set` writes it."""
+    problems: list[Problem] = []
+    table = _with_all(table, values, problems)
+    if problems:
+        raise RecipeError(problems, source=source)
+    return table
+
+
+def _with_all(table: Table, values: Table, problems: list[Problem]) -> Table:
+    for path, value in values.items():
+        table = _with(table, path.split("."), value, path, problems)
     return table
 
 
@@ -242,6 +264,12 @@ def _field(hint: Any, value: Any, path: str, problems: list[Problem]) -> Any:
             return tuple(_part(slot.name, item, f"{path}.{i}", problems) for i, item in enumerate(value))
         return _part(slot.name, value, path, problems)
     plain = _without_none(hint)
+    item = typing.get_args(plain)[0] if typing.get_origin(plain) is tuple else None
+    if isinstance(item, type) and dataclasses.is_dataclass(item):
+        if not isinstance(value, list):
+            problems.append(Problem(path=path, text=f"must be a list of tables, got {value!r}"))
+            return None
+        return tuple(_dataclass(item, entry, f"{path}.{i}", problems) for i, entry in enumerate(value))
     if dataclasses.is_dataclass(plain) and isinstance(plain, type):
         return _dataclass(plain, value, path, problems)
     return _leaf(hint, value, path, problems)
