@@ -144,6 +144,12 @@ VERBS: dict[str, str] = {
 }
 """Verbs that run a recipe, and the dataclass that such a recipe decodes to."""
 
+FOLDERS: dict[str, str] = {
+    "train": "train",
+    "prove": "proofs",
+}
+"""Where the shipped recipes of a verb lie, below `recipes/`."""
+
 
 def shelf(name: str) -> Shelf:
     """The shelf of that name. Raises UsageError with the nearest name."""

@@ -64,13 +64,14 @@ def find(name: str, verb: str | None = None) -> Path:
     """The recipe file meant by a path that ends in .toml, or by the name of a shipped recipe ('train/quickstart')."""
     shipped = recipes_folder()
     tries = [Path(name), shipped / name] if name.endswith(".toml") else [shipped / f"{name}.toml"]
-    if verb is not None and not name.endswith(".toml"):
-        tries.append(shipped / verb / f"{name}.toml")
+    folder = catalogue.FOLDERS.get(verb, verb) if verb is not None else None
+    if folder is not None and not name.endswith(".toml"):
+        tries.append(shipped / folder / f"{name}.toml")
     for path in tries:
         if path.is_file():
             return path
     known = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.toml"))
-    listed = [k for k in known if verb is None or k.startswith(f"{verb}/")]
+    listed = [k for k in known if folder is None or k.startswith(f"{folder}/")]
     hint = did_you_mean(name, [*listed, *(k.rpartition("/")[2] for k in listed)])
     raise RecipeError([Problem(path="", text=f"no such file{hint} Shipped: {', '.join(listed)}")], source=name)
 

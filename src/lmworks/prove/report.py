@@ -95,7 +95,7 @@ def _mean(values: Sequence[Any], digits: int) -> str:
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """The metric along the axis (mean over seeds, range as a band), and each arm's end against the baseline's by seed."""
+    """The metric along the axis (mean over seeds, range as a band), and each arm's end against the baseline's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (0.4 s, and only at the end)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
