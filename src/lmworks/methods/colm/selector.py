@@ -101,7 +101,7 @@ class ColmSelector(Selector):
 
     def _medoids(self, batch: Batch, others: list[int], source_of: list[int], left: int, probe: Probe) -> Weights:
         """`left` of the rows `others`, source by source. Rows without a proxy come last; if none has one: at random."""
-        proxies = self._proxies(batch[on_device(others, batch.tokens_BT)], probe)
+        proxies = self.proxies(batch[on_device(others, batch.tokens_BT)], probe)
         finite = proxies.finite
         if not any(finite):
             self.fallbacks += 1
@@ -133,7 +133,8 @@ class ColmSelector(Selector):
         seen_nc = sparse(proxies, on_device(group, proxies.directions_Kd), keep, see)
         return similarity(torch.cdist(seen_nc, seen_nc, p=1).double().cpu().numpy())
 
-    def _proxies(self, batch: Batch, probe: Probe) -> Proxies:
+    def proxies(self, batch: Batch, probe: Probe) -> Proxies:
+        """What stands for each row; takes a seed of directions from the run's generator where they are drawn anew."""
         settings, last = self.settings, LastBlock(probe=probe, layer=self._layer)
         if settings.proxy == "exact":
             return kinds.exact(last, batch)
