@@ -195,6 +195,7 @@ class Signs(torch.optim.SGD):
         super().step()
 
 
+@pytest.mark.slow
 def test_on_a_steep_and_a_flat_coordinate_it_needs_fewer_steps_than_tuned_adam_and_signs() -> None:
     batch = toy.batch(1, 2, 5)
     rates = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
