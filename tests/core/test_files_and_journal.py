@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,3 +85,34 @@ def test_events_have_one_schema(tmp_path: Path) -> None:
     assert point["start"] == point["end"]
     assert work["end"] >= work["start"]
     assert work["attrs"] == {"found": 1}
+
+
+def test_a_journal_that_finds_no_room_keeps_whole_lines_and_writes_the_rest_later(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a.jsonl", seconds=1e9)
+    journal.append({"step": 1})
+    journal.flush()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal.append({"step": 2, "text": "x" * 500})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            journal.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a.jsonl").read_bytes() == b'{"step": 1}\n'
+    journal.append({"step": 3})
+    journal.sync()
+    assert [row["step"] for row in rows(tmp_path / "a.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "disk full"),
+        (OSError(122, "Disk quota exceeded"), "disk full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "disk full"),
+        (OSError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_a_failed_write_is_told_in_words(error: Exception, words: str) -> None:
+    assert files.why_not_written(error) == words

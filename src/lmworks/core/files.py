@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says when there is no more room: on the disk, in a quota, in a file."""
+
+
+def why_not_written(error: Exception) -> str:
+    """What a failed write comes down to, for a person; safetensors hides the number of the system's error in a text."""
+    if getattr(error, "errno", None) in FULL or "No space" in str(error):
+        return "disk full"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def sha256_of(path: Path) -> str:

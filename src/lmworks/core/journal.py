@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lmworks.core.files import write_text
+from lmworks.core.files import sync, write_text
 
 
 class Journal:
@@ -28,12 +28,28 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Hand all waiting lines to the operating system."""
+        """Hand all waiting lines to the operating system.
+
+        Raises OSError when it does not take them all: the file then ends where it ended before, and the lines wait on.
+        """
         if self._waiting:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._waiting))
+            data = "".join(self._waiting).encode()
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    file.truncate(before)
+                    raise
             self._waiting.clear()
         self._last = time.monotonic()
+
+    def sync(self) -> None:
+        """Make all lines durable: they are there after a power cut."""
+        self.flush()
+        if self.path.exists():
+            sync(self.path)
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A run: one folder with everything that was decided, seen and made.
 
 recipe.toml     the resolved recipe; it runs again as it is
-record.json     what made these bytes: hashes of recipe, code, data, tokenizer, parent; versions, hardware
+record.json     the run's id; what made these bytes: hashes of recipe, code, data, tokenizer, parent; its attempts
 model.toml      the model's shape with every size written out
 events.jsonl    the one event schema
 metrics.jsonl   one object a step, and one a validation
@@ -13,13 +13,17 @@ tensorboard/    curves.png    samples.jsonl
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
 import platform
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,11 +67,56 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             files.write_text(self.recipe, recipe.dump(resolved))
         except OSError as error:
+            raise self._unwritable(error) from error
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder until the block ends. Raises LmworksError when one is in it.
+
+        The lock is the kernel's, on a file beside the folder, so it goes with a process that is killed. Where locks do
+        not hold (some network disks), nobody is kept out.
+        """
+        path = self.path.resolve()
+        lock = path.with_name(f".{path.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = _take(lock)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if handle is None:
+            pid = lock.read_text(encoding="utf-8").strip() if lock.is_file() else ""
             raise LmworksError(
-                f"cannot write the run folder: {error.strerror}",
+                f"another process trains here{f' (pid {pid})' if pid else ''}",
                 where=str(self.path),
-                next_step="give another folder with --run DIR",
-            ) from error
+                next_step="wait until it ends, or give another folder with --run DIR",
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+
+    def _unwritable(self, error: OSError) -> LmworksError:
+        return LmworksError(
+            f"cannot write the run folder: {error.strerror}",
+            where=str(self.path),
+            next_step="give another folder with --run DIR",
+        )
+
+    def id(self) -> str:
+        """The run's own id, the same after every resume: names repeat, this does not."""
+        return str(self._kept().get("id") or uuid.uuid4().hex)
+
+    def write_record(self, record: dict[str, Any], attempt: dict[str, Any]) -> None:
+        """Write record.json: the facts of this attempt, the run's id, and a line for each attempt so far."""
+        attempts = [*self._kept().get("attempts", []), attempt]
+        files.write_json(self.record, {"id": self.id(), **record, "attempts": attempts})
+
+    def _kept(self) -> dict[str, Any]:
+        if not self.record.is_file():
+            return {}
+        kept: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        return kept
 
     def must_match(self, resolved: Any, *, may_differ: Iterable[str] = ()) -> None:
         """Raise UsageError when the run that lives here was made by another recipe."""
@@ -87,6 +136,24 @@ class RunFolder:
                 where=str(self.path),
                 next_step="--run DIR for another folder, or --resume never to start anew beside it",
             )
+
+
+def _take(lock: Path) -> int | None:
+    """Open and lock a file, and write who holds it; None when another process does."""
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:  # no locks on this file system
+            return handle
+        if lock.exists() and lock.stat().st_ino == os.fstat(handle).st_ino:
+            os.truncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+            return handle
+        os.close(handle)  # its holder deleted it in this moment: the name is free again
 
 
 def fresh(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -17,8 +16,6 @@ from lmworks.core.home import home
 MANIFEST = "manifest.json"
 """Written last. A folder without it is not complete."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 
 def cache_folder(setting: str | None) -> Path:
     """The folder of a recipe's `cache` setting; none: lmworks' own."""
@@ -32,7 +29,7 @@ def speaking(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         elsewhere = "set data.cache or LMWORKS_HOME to a folder with room"
-        if error.errno in _FULL:
+        if error.errno in files.FULL:
             raise DataError(
                 "the disk is full", where=str(folder), next_step=f"free some space, or {elsewhere}"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -72,8 +71,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         files.sync(path.parent)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-        raise ExportError(f"cannot be written: {'disk full' if full else error}", where=str(path)) from error
+        raise ExportError(f"cannot be written: {files.why_not_written(error)}", where=str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
