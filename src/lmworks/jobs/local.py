@@ -37,7 +37,7 @@ class Local(Executor):
                     told(name, "started")
                 for name, process in list(running.items()):
                     if process.poll() is not None:
-                        del running[name]
+                        _close(running.pop(name))
                         failed = failed or process.returncode != 0
                         told(name, "done" if process.returncode == 0 else "failed")
                 time.sleep(0.05)
@@ -45,7 +45,13 @@ class Local(Executor):
             for process in running.values():
                 process.terminate()
             for process in running.values():
-                process.wait()
+                _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    assert process.stdin is not None, "every child hears by its standard input that we are still there"
+    process.stdin.close()
 
 
 def _process(folder: JobFolder, name: str, *, threads: int) -> subprocess.Popen[bytes]:

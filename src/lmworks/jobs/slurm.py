@@ -48,15 +48,17 @@ class Slurm(Executor):
         files.write_text(path, script)
         for name in names:
             told(name, "started")
-        waiting = subprocess.Popen(["sbatch", "--wait", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        open_names = list(names)
+        said = folder.path / "array.log"
+        with said.open("wb") as log:
+            waiting = subprocess.Popen(["sbatch", "--wait", str(path)], stdout=log, stderr=log)
+        left = list(names)
         while waiting.poll() is None:
-            open_names = _tell(folder, open_names, told)
+            left = _tell(folder, left, told)
             time.sleep(0.2)
-        _tell(folder, open_names, told)
-        said = waiting.stdout.read().decode(errors="replace").strip() if waiting.stdout else ""
+        _tell(folder, left, told)
         if waiting.returncode != 0 and not any(folder.log(name).exists() for name in names):
-            raise LmworksError(f"sbatch refused the array: {said}", where=str(path))
+            text = said.read_text(encoding="utf-8", errors="replace").strip()
+            raise LmworksError(f"sbatch refused the array: {text}", where=str(path))
 
     def script(self, folder: JobFolder, names: Sequence[str]) -> str:
         """The batch script. Task i runs the i-th job; output goes to the job's own log."""

@@ -45,7 +45,7 @@ def smallest_effect(values: Sequence[float], *, confidence: float = 0.95, power:
     an infinite spread.
     """
     n = len(values)
-    if n < 2 or any(math.isinf(value) for value in values):
+    if n < 2 or not all(map(math.isfinite, values)):
         return math.inf
     quantiles = t_quantile(1 - (1 - confidence) / 2, n - 1) + t_quantile(power, n - 1)
     return quantiles * stdev(values) / math.sqrt(n)

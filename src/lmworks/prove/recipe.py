@@ -66,6 +66,8 @@ class Tuning:
 class Test:
     """One arm held against another on one measured quantity."""
 
+    __test__ = False  # for pytest, which takes every class of this name for one of its own
+
     claim: str
     """The claim it speaks to."""
     arm: str
