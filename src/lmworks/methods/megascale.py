@@ -57,11 +57,13 @@ stays, so the wait per token falls to a quarter, by 75 %. Time per token goes fr
   l (w - 1) tokens at most: take L (w - 1) well above the distances that matter.
 - *LAMB*: when the batch must grow. At the batch where AdamW is tuned, AdamW has one knob less.
 - *Rate of LAMB*: with phi(z) = z each matrix changes by the share `lr` of its own length per step. AdamW changes a
-  matrix of fan-in D, whose values are about 1 / sqrt(D), by about 0.2 to 0.4 lr_adamw sqrt(D) of its length. Start from
-  that: lr = 0.3 lr_adamw sqrt(D). Four times the batch: twice the rate, and the same share of the *tokens* for warm-up
-  (You et al. scale the rate by the square root of the batch). Steps fall to a quarter at equal tokens.
-- *Rate of tables, norms and biases*: they take Adam's step, for which LAMB's rate is mostly too high. Set `plain_lr`
-  to AdamW's rate.
+  matrix of fan-in D, whose values begin at about 1 / sqrt(D), by 0.2 to 0.4 lr_adamw sqrt(D) of its length at first,
+  and by less as the matrix grows; LAMB's steps grow with it. So start below that, at lr = 0.1 lr_adamw sqrt(D), and try
+  half and double. You et al. scale the rate by the square root of the batch, and warm up over the same share of the
+  tokens. Steps fall to a quarter at equal tokens and four times the batch.
+- *Rate of tables, norms and biases*: they take Adam's step, so LAMB's rate means nothing to them. Tune `plain_lr` by
+  itself, from AdamW's rate upwards. Compare with an AdamW that has this second rate too: `lamb` with
+  `trust_ratio = false`.
 - Memory as AdamW: two float32 values per parameter, and two more while a step runs. LAMB adds two norms per matrix to
   AdamW's arithmetic.
 
@@ -112,9 +114,9 @@ class Lamb(Optimizer):
     """Adam with a step per matrix as long as the matrix times the rate (You et al., 2020)."""
 
     lr: PositiveFloat
-    """Peak rate: the share of its own length by which a matrix changes in a step. About 0.3 sqrt(D) times AdamW's."""
+    """Peak rate: the share of its own length by which a matrix changes in a step. About 0.1 sqrt(D) times AdamW's."""
     plain_lr: PositiveFloat | None = None
-    """Peak rate of what has no trust ratio: tables, norms, biases. Left out = lr; AdamW's rate is a good start."""
+    """Peak rate of what has no trust ratio: tables, norms, biases. Left out = lr, which is seldom right."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the first and second moment (You et al.: 0.9, 0.999)."""
     eps: PositiveFloat = 1e-6
