@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lmworks.core.errors import CheckpointError
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import SGD, AdamW, Lion, Muon, PlainOptimizer, parameter_groups
 from lmworks.train.probe import Probe
@@ -116,3 +117,31 @@ def test_the_rate_is_the_settings_rate_times_the_factor() -> None:
     update = AdamW(lr=0.5).build(toy())
     assert update.set_lr(0.25) == 0.125
     assert update.set_lr(1.0) == 0.5
+
+
+def stepped(optimizer: PlainOptimizer, model: nn.Module) -> Update:
+    update = optimizer.build(model)  # type: ignore[arg-type]  # any module has parameters
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    update.step(None)  # type: ignore[arg-type]  # plain optimizers ask nothing
+    return update
+
+
+@pytest.mark.parametrize("other", [AdamW(lr=0.1), SGD(lr=0.1), SGD(lr=0.1, momentum=0.0), Lion(lr=0.1), Muon(lr=0.1)])
+def test_the_state_of_another_optimizer_is_refused(other: PlainOptimizer) -> None:
+    def network() -> nn.Module:
+        return nn.ModuleDict({"blocks": nn.Linear(3, 2), "norm": nn.Linear(2, 2, bias=False)})
+
+    for optimizer in (AdamW(lr=0.1), Lion(lr=0.1), SGD(lr=0.1)):
+        state = stepped(optimizer, network()).state()
+        update = other.build(network())  # type: ignore[arg-type]  # any module has parameters
+        if type(optimizer) is type(other) and (not isinstance(other, SGD) or other.momentum):
+            update.load(state)
+            assert update.state().keys() == state.keys()
+            with pytest.raises(CheckpointError, match=r"blocks\.bias has nothing there"):
+                update.load({name: value for name, value in state.items() if not name.startswith("blocks.bias/")})
+            with pytest.raises(CheckpointError, match="holds more, which this one does not train"):
+                update.load({**state, "more/step": torch.zeros(())})
+        else:
+            with pytest.raises(CheckpointError, match="another optimizer"):
+                update.load(state)

@@ -169,6 +169,7 @@ def test_a_batch_without_a_valid_target_is_zero_and_moves_no_matrix_but_by_decay
     empty = dataclasses.replace(batch, targets_BT=torch.full_like(batch.targets_BT, -100))
     result = step_on(model, [empty])()
     assert result.loss == 0.0
+    assert result.targets == 0
     assert result.grad_norm == 0.0
 
 

@@ -13,6 +13,8 @@ from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.seeds import seed_for
 from lmworks.data.packed import Prepared
+from lmworks.data.tokenizer import Tokenizer, load_tokenizer
+from lmworks.generate.writer import DTYPES
 from lmworks.model.backbone import Backbone
 from lmworks.model.init import initialise
 from lmworks.model.pretrained import Pretrained
@@ -21,8 +23,6 @@ from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast
 from lmworks.train.recipe import Train
 from lmworks.train.step import Step
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,11 @@ def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Call
     device, dtype = torch.device(recipe.device), DTYPES[recipe.precision]
     if device.type == "cpu":
         keep_freed_memory()
+    torch.manual_seed(seed_for(recipe.seed, "torch"))  # for whatever draws without a generator of its own
+    if isinstance(recipe.model, Pretrained):
+        recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
     prepared = recipe.data.prepare(seed=recipe.seed, progress=progress, resume=resume)
-    config = fit_vocabulary(recipe.model, prepared.tokenizer.vocab_size)
+    config = fit_vocabulary(recipe.model, prepared.tokenizer)
     model = config.build(dtype=dtype, device=device)
     if isinstance(config, Pretrained):
         config.fill(model)
@@ -92,12 +95,15 @@ def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Call
     return Built(recipe=recipe, prepared=prepared, model=model, step=step, cost=cost, device=device, dtype=dtype)
 
 
-def fit_vocabulary(config: Any, tokens: int) -> Any:
+def fit_vocabulary(config: Any, tokenizer: Tokenizer) -> Any:
     """The model's config with the tokenizer's vocabulary. Raises RecipeError when the two contradict each other.
 
     A table may be larger than the tokenizer when it is the tokenizer's size rounded up to a multiple of 64 to 512, as
-    GPUs like it, or when the model is an existing one.
+    GPUs like it, or when the model is an existing one, whose tokens must have the same ids here (else DataError).
     """
+    tokens = tokenizer.vocab_size
+    if isinstance(config, Pretrained) and (config.tokenizer / "tokenizer.json").is_file():
+        tokenizer.must_extend(load_tokenizer(config.tokenizer), where=str(config.tokenizer))
     rounded = {-(-tokens // m) * m for m in (64, 128, 256, 512)}
     size = config.vocab_size
     if size is None:

@@ -7,7 +7,7 @@ asked for.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, final
 
@@ -15,6 +15,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
+from lmworks.core.errors import CheckpointError, Problem
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat
 from lmworks.model.backbone import Backbone
 from lmworks.train.probe import Probe
@@ -77,22 +78,52 @@ class TorchUpdate(Update):
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` gave; tensors go to the device of their parameter, step counters stay."""
+        """Take back what `state()` gave; tensors go to the device of their parameter, step counters stay.
+
+        Raises CheckpointError for names that this optimizer does not keep, and for those that it keeps and misses.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for full, value in state.items():
             name, _, key = full.rpartition("/")
             found.setdefault(name, {})[key] = value
         for optimizer, name, parameter in self._parameters():
-            if name in found:
+            kept = found.pop(name, {})
+            wanted = _state_names(optimizer)
+            if wanted is not None and set(kept) != wanted:
+                raise _other_state(f"{name} has {_listed(kept)} there, this one keeps {_listed(wanted)}")
+            if kept:
                 optimizer.state[parameter] = {
-                    key: value if value.ndim == 0 else value.to(parameter.device) for key, value in found[name].items()
+                    key: value if value.ndim == 0 else value.to(parameter.device) for key, value in kept.items()
                 }
+        if found:
+            raise _other_state(f"it holds {_listed(found)}, which this one does not train")
 
     def _parameters(self) -> Iterable[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for name, parameter in zip(group["names"], group["params"], strict=True):
                     yield optimizer, name, parameter
+
+
+def _state_names(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    """What an optimizer keeps of each parameter once it has stepped; None where that is not known here."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    if isinstance(optimizer, LionOptimizer):
+        return {"momentum"}
+    return {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else None
+
+
+def _other_state(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the state is of another optimizer: {what}", next_step="use the optimizer that it was made with"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:6]) or "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +165,21 @@ class AdamW(PlainOptimizer):
 @final
 @dataclass(frozen=True, kw_only=True)
 class SGD(PlainOptimizer):
-    """Gradient descent with momentum. Its weight decay is torch's: added to the gradient."""
+    """Gradient descent with momentum, torch's."""
 
+    weight_decay: NonNegativeFloat = 0.1
+    """Times the weight, added to the gradient of matrices (coupled, as torch has it): momentum carries it on."""
     momentum: Beta = 0.9
     """Decay of the momentum buffer; 0 for none."""
     nesterov: bool = False
     """Look ahead along the momentum."""
+
+    def check(self, recipe: Any) -> Iterator[Problem]:
+        """Nesterov's form looks along a momentum, so there must be one."""
+        if self.nesterov and self.momentum == 0:
+            yield Problem(
+                path="nesterov", text="looks along the momentum, which is 0; set momentum, for example to 0.9"
+            )
 
     def optimizers(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
         """torch.optim.SGD over all groups."""
@@ -174,7 +214,8 @@ class LionOptimizer(torch.optim.Optimizer):
             if not parameters:
                 continue
             for p in parameters:
-                self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
             gradients = [p.grad for p in parameters]
             momenta = [self.state[p]["momentum"] for p in parameters]
             first, second = group["betas"]

@@ -103,8 +103,10 @@ class Train:
             yield Problem(path="micro_batch_size", text=f"{micro} is more than batch_size {self.batch_size}")
         if self.samples.every is not None and not self.samples.prompts:
             yield Problem(path="samples.every", text="has no effect without samples.prompts")
-        if self.validation.rows is not None and self.data.validation == 0:
-            yield Problem(path="validation.rows", text="has no effect: data.validation is 0, no documents are held out")
+        for name in ("every", "rows"):
+            if getattr(self.validation, name) is not None and self.data.validation == 0:
+                text = "has no effect: data.validation is 0, no documents are held out"
+                yield Problem(path=f"validation.{name}", text=text)
 
 
 MAY_DIFFER = ("validation", "samples", "checkpoints", "sinks", "max_minutes", "threads")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lmworks.core.errors import NonFinite
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
+from lmworks.model.head import IGNORE
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Gradient, Objective, Selector, Source, Update
 
@@ -25,8 +26,10 @@ class StepResult:
     """Sum over components of weight * mean, over the whole step."""
     grad_norm: float
     """Global L2 norm as it came from the backward passes."""
+    targets: int
+    """Target tokens that counted, whatever the objective makes of them; 0 for a batch without any."""
     units: dict[str, int]
-    """Counts of each component; 'cross_entropy' counts target tokens."""
+    """Counts of each component, at least 1: the loss was divided by them."""
     passes: float
     """Tokens times forward passes that were spent: three for every token trained on, and what the probe booked."""
     extra: dict[str, float]
@@ -72,6 +75,7 @@ class Step:
         return StepResult(
             loss=float(loss),
             grad_norm=float(norm),
+            targets=int((batch.targets_BT != IGNORE).sum()),
             units=self._units(batch, counts),
             passes=3.0 * batch.tokens_BT.numel() + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),

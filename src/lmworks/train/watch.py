@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
+from lmworks.core.errors import Problem
 from lmworks.core.recipe import NonNegativeFloat, PositiveInt
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Change, State, StepRecord, Watcher, Watching
@@ -20,6 +22,13 @@ class EarlyStop(Watching):
     """Validations without improvement that are borne."""
     least: NonNegativeFloat = 0.0
     """What counts as an improvement, in nats per token."""
+
+    def check(self, recipe: Any) -> Iterator[Problem]:
+        """It counts validations, so there must be some."""
+        if recipe.data.validation == 0:
+            yield Problem(path="", text="has no effect: data.validation is 0, no documents are held out")
+        elif recipe.validation.every is None:
+            yield Problem(path="", text="has no effect without validation.every: validations come only at the end")
 
     def start(self) -> Watcher:
         """A watcher that has seen no validation yet."""
