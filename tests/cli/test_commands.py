@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from lmworks.cli import app as commands
+from lmworks.cli import quickstart
 from lmworks.core import catalogue
+from lmworks.core.papers import METHODS
+from lmworks.core.run import RunFolder
 from tests.cli.conftest import Command
 from tests.train import toy
 
@@ -36,13 +39,69 @@ def test_a_wrong_verb_is_a_usage_error(lmworks: Command) -> None:
     assert "train" in answer.err
 
 
-def test_methods_lists_every_part(lmworks: Command) -> None:
+def test_methods_lists_every_published_method_without_torch(lmworks: Command) -> None:
     listed = json.loads(lmworks("methods", "--json").out)
+    assert [row["name"] for row in listed] == list(METHODS)
+    assert {row["name"] for row in listed if not row["planned"]} >= {"sophia", "colm", "megascale"}
+    code = "import sys; from lmworks.cli.methods import methods; methods(None, None, False, False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_methods_lists_every_part(lmworks: Command) -> None:
+    listed = json.loads(lmworks("methods", "--parts", "--json").out)
     assert {(row["slot"], row["name"]) for row in listed} == {
         (slot, name) for slot, shelf in catalogue.SLOTS.items() for name in shelf.parts
     }
     only = json.loads(lmworks("methods", "--slot", "optimizer", "--json").out)
     assert {row["slot"] for row in only} == {"optimizer"}
+    assert {row["name"] for row in only if row["published"]} == {"sophia", "lamb"}
+
+
+def test_methods_shows_a_page_with_settings_and_claims(lmworks: Command) -> None:
+    answer = lmworks("methods", "sophia")
+    assert answer.code == 0
+    for wanted in ("## How it works", "## optimizer =", "## Claims", "## Evidence"):
+        assert wanted in answer.out
+    value = json.loads(lmworks("methods", "sophia", "--json").out)
+    assert {part["name"] for part in value["parts"]} >= {"sophia"}
+    assert value["claims"]
+    planned = lmworks("methods", "tokenring")
+    assert planned.code == 0
+    assert "Planned" in planned.out
+    assert "lmworks methods megascale" in lmworks("methods", "lamb").out
+
+
+def test_a_planned_method_has_nothing_to_prove(lmworks: Command) -> None:
+    answer = lmworks("prove", "tokenring")
+    assert answer.code == 2
+    assert "planned" in answer.err
+
+
+def test_prove_checks_a_shipped_proof_by_the_methods_name(lmworks: Command) -> None:
+    answer = lmworks("prove", "megascale", "--check", "--seeds", "5")
+    assert answer.code == 0
+    assert 'method = "megascale"' in answer.out
+    assert re.search(r"seeds = \[\s*1,\s*2,\s*3,\s*4,\s*5,?\s*\]", answer.out)
+
+
+@pytest.mark.slow
+def test_compare_two_recipes_with_one_seed_shows_both_and_refuses_a_verdict(lmworks: Command, tmp_path: Path) -> None:
+    import tomli_w
+
+    shared = toy.table(toy.corpus(tmp_path / "text"), tmp_path / "cache", steps=4, checkpoints={})
+    for name, rate in (("low", 1e-3), ("high", 1e-2)):
+        shared["optimizer"] = {"use": "adamw", "lr": rate}
+        (tmp_path / f"{name}.toml").write_text(tomli_w.dumps(shared))
+    words = ("compare", str(tmp_path / "low.toml"), str(tmp_path / "high.toml"), "--seeds", "1", "--json")
+    answer = lmworks(*words, "--set", "batch_size=2", "--out", str(tmp_path / "out"))
+    assert answer.code == 0, answer.err
+    content = json.loads(answer.out)
+    assert [arm["name"] for arm in content["arms"]] == ["low", "high"]
+    (finding,) = content["findings"]
+    assert finding["verdict"] == "refused"
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "two recipes" in lmworks("compare", "quickstart").err
 
 
 def test_methods_shows_the_settings_of_a_part(lmworks: Command) -> None:
@@ -123,3 +182,16 @@ def test_help_is_there_before_a_person_wonders() -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "lmworks", "--help"], check=True, capture_output=True)
     assert time.perf_counter() - start < 5.0
+
+
+def test_quickstart_without_prompts_or_held_out_documents_still_ends_with_an_answer(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert "samples.prompts is empty" in quickstart._sample(folder)
+    figures = {"parameters": 1, "tokens": 2, "tokens_per_second": 3.0, "peak_memory_bytes": 4}
+    folder.summary.write_text(json.dumps(figures))
+    seen = quickstart.Killed(step=3, checkpoint=2, rows={})
+    found = quickstart._result(folder, seen=seen, same=1, proof={"max_difference": 0.0}, seconds=1.0)
+    assert "validation_loss" not in found
+    folder.summary.write_text(json.dumps({**figures, "val_loss": 1.23456, "val_bits_per_byte": 2.0}))
+    found = quickstart._result(folder, seen=seen, same=1, proof={"max_difference": 0.0}, seconds=1.0)
+    assert found["validation_loss"] == 1.2346

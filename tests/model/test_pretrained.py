@@ -81,6 +81,10 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
         file.write_bytes(bad)
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path)
+    make_run(tmp_path / "earlier", steps=(5, 10))
+    (tmp_path / "earlier" / "checkpoints" / "step-00000010" / "model.safetensors").write_bytes(bytes(flipped))
+    with pytest.raises(CheckpointError, match="step-00000005"):
+        load(tmp_path / "earlier")
     file.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         load(tmp_path)

@@ -15,18 +15,29 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
 
 from lmworks.core import recipe as recipes
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
+from lmworks.model.checkpoint import complete, step_of
+from lmworks.train import save
 from lmworks.train.loop import run
-from lmworks.train.save import complete, step_of
 from tests.train.toy import Silent
+
+
+def slowly(*words: Any) -> None:
+    """Write a file of a checkpoint as on a busy disk, so that some kills fall into a save."""
+    save_file(*words)
+    time.sleep(0.02)
 
 
 def child(spec: dict[str, object]) -> None:
     """One attempt, in a forked process that ends without returning."""
     code = 1
+    save.save_file = slowly
     try:
         run(recipes.decode(spec["table"]), Path(str(spec["run"])), resume="auto", report=Silent())  # type: ignore[arg-type]
         code = 0

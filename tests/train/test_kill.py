@@ -13,6 +13,7 @@ import pytest
 
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
+from lmworks.model.checkpoint import complete
 from lmworks.train import save
 from tests.train import toy
 
@@ -45,14 +46,18 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, backgroun
     whole = RunFolder(tmp_path / "whole")
     seconds = max(0.3, sum(row["seconds"] for row in rows(whole.metrics) if "seconds" in row))
     delays = np.random.default_rng(20).uniform(0.2, 0.4 + 0.25 * seconds, size=KILLS).tolist()
+    writing = False
     for number in range(KILLS):  # a run may end before it was killed as often as planned: then another one begins
         killed = RunFolder(tmp_path / f"run-{number}")
         (tmp_path / "run.json").write_text(json.dumps({"table": table, "run": str(killed.path), "delays": delays}))
         found = subprocess.run([*command, str(tmp_path / "run.json")], check=True, timeout=600, capture_output=True)
-        kills = sum(json.loads(line)["status"] != 0 for line in found.stdout.splitlines())
+        attempts = [json.loads(line) for line in found.stdout.splitlines()]
+        kills = sum(attempt["status"] != 0 for attempt in attempts)
+        writing = writing or any(attempt["writing"] for attempt in attempts)
         same_as(killed, whole)
         delays = delays[kills:]
         if not delays:
+            assert writing, "no kill fell into a save"
             return
     pytest.fail(f"{len(delays)} kills of {KILLS} came too late")
 
@@ -60,7 +65,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, backgroun
 def same_as(killed: RunFolder, whole: RunFolder) -> None:
     """Losses, weights, optimizer, place in the data; and no leftovers."""
     assert bitwise(killed) == bitwise(whole)
-    a, b = (save.read(save.complete(folder.checkpoints)[-1]) for folder in (killed, whole))
+    a, b = (save.read(complete(folder.checkpoints)[-1]) for folder in (killed, whole))
     assert all((a.tensors["model"][name] == b.tensors["model"][name]).all() for name in b.tensors["model"])
     assert all((a.tensors["optimizer"][name] == b.tensors["optimizer"][name]).all() for name in b.tensors["optimizer"])
     assert a.state["source"] == b.state["source"]

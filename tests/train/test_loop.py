@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -15,48 +14,14 @@ import pytest
 from lmworks.core.errors import CheckpointError, DataError, LmworksError, RecipeError, Stopped, UsageError
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
+from lmworks.model.checkpoint import complete
 from lmworks.train import save
+from lmworks.train.loop import run
 from tests.train import toy
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tokens")
-
-
-def learned(folder: RunFolder) -> list[tuple[Any, ...]]:
-    """Everything in metrics.jsonl that must repeat to the last bit."""
-    names = ("step", "tokens", "loss", "grad_norm", "lr", "clip_factor", "val_loss", "val_bits_per_byte")
-    return [tuple(row.get(name) for name in names) for row in rows(folder.metrics)]
-
-
 def weights(folder: RunFolder) -> dict[str, Any]:
-    return dict(save.read(save.complete(folder.checkpoints)[-1]).tensors["model"])
-
-
-class StopAt(toy.Silent):
-    """Sends itself a signal when a step has been written."""
-
-    def __init__(self, step: int, number: signal.Signals) -> None:
-        super().__init__()
-        self.step, self.number = step, number
-
-    def row(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.step and "loss" in row:
-            os.kill(os.getpid(), self.number)
-
-
-def stopped(made: Any, path: Path, step: int, number: signal.Signals = signal.SIGTERM) -> Stopped:
-    from lmworks.train.loop import run
-
-    with pytest.raises(Stopped) as caught:
-        run(made, path, resume="auto", report=StopAt(step, number))
-    return caught.value
+    return dict(save.read(complete(folder.checkpoints)[-1]).tensors["model"])
 
 
 def test_a_run_folder_is_complete(text: Path, cache: Path, tmp_path: Path) -> None:
@@ -96,7 +61,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_losses(text: Path, cache: Pa
 
     first, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
     again, _ = toy.train(recipes.load(first.recipe), tmp_path / "b")
-    assert learned(first) == learned(again)
+    assert toy.learned(first) == toy.learned(again)
     a, b = weights(first), weights(again)
     assert all((a[name] == b[name]).all() for name in a)
 
@@ -104,7 +69,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_losses(text: Path, cache: Pa
 def test_another_seed_gives_other_losses(text: Path, cache: Path, tmp_path: Path) -> None:
     first, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
     other, _ = toy.train(toy.recipe(text, cache, seed=1), tmp_path / "b")
-    assert learned(first) != learned(other)
+    assert toy.learned(first) != toy.learned(other)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
@@ -120,19 +85,17 @@ def test_two_stops_and_two_resumes_are_bitwise_the_unbroken_run(
     }
     made = toy.recipe(text, cache, **over)
     whole, _ = toy.train(made, tmp_path / "whole")
-    assert stopped(made, tmp_path / "run", 3).exit_code == 3
-    stopped(made, tmp_path / "run", 7, signal.SIGUSR1)
+    assert toy.stopped(made, tmp_path / "run", 3).exit_code == 3
+    toy.stopped(made, tmp_path / "run", 7, signal.SIGUSR1)
     folder, report = toy.train(made, tmp_path / "run")
     assert "going on from step 7" in " ".join(report.notes)
-    assert learned(folder) == learned(whole)
+    assert toy.learned(folder) == toy.learned(whole)
     assert list(rows(folder.samples)) == list(rows(whole.samples))
     a, b = weights(folder), weights(whole)
     assert all((a[name] == b[name]).all() for name in a)
 
 
 def test_a_time_limit_stops_with_exit_code_3(text: Path, cache: Path, tmp_path: Path) -> None:
-    from lmworks.train.loop import run
-
     with pytest.raises(Stopped, match="limit of 1e-06 minutes") as caught:
         run(toy.recipe(text, cache, max_minutes=1e-6), tmp_path / "run", resume="auto", report=toy.Silent())
     assert caught.value.exit_code == 3
@@ -167,17 +130,17 @@ def test_a_folder_of_another_recipe_is_refused_and_says_what_differs(text: Path,
 
 def test_cadences_may_change_when_a_run_goes_on(text: Path, cache: Path, tmp_path: Path) -> None:
     whole, _ = toy.train(toy.recipe(text, cache), tmp_path / "whole")
-    stopped(toy.recipe(text, cache), tmp_path / "run", 5)
+    toy.stopped(toy.recipe(text, cache), tmp_path / "run", 5)
     folder, _ = toy.train(
         toy.recipe(text, cache, checkpoints={"every": 2}, samples={"prompts": ["x"]}), tmp_path / "run"
     )
-    assert learned(folder) == learned(whole)
+    assert toy.learned(folder) == toy.learned(whole)
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(text: Path, cache: Path, tmp_path: Path) -> None:
     made = toy.recipe(text, cache)
     whole, _ = toy.train(made, tmp_path / "whole")
-    stopped(made, tmp_path / "run", 10)
+    toy.stopped(made, tmp_path / "run", 10)
     newest = tmp_path / "run" / "checkpoints" / "step-00000010"
     data = (newest / "model.safetensors").read_bytes()
     (newest / "model.safetensors").write_bytes(data[:-3] + bytes([data[-3] ^ 4]) + data[-2:])
@@ -186,7 +149,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(text: Path, 
     earlier = newest.with_name("step-00000008")
     assert str(earlier) in str(caught.value)
     folder, _ = toy.train(made, tmp_path / "run", resume=str(earlier))
-    assert learned(folder) == learned(whole)
+    assert toy.learned(folder) == toy.learned(whole)
 
 
 def test_a_checkpoint_of_another_model_is_refused(text: Path, cache: Path, tmp_path: Path) -> None:
@@ -208,7 +171,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(text: Path, cache: Path, tmp_
 def test_changed_documents_refuse_to_go_on_and_are_named(cache: Path, tmp_path: Path) -> None:
     text = toy.corpus(tmp_path / "text")
     made = toy.recipe(text, cache)
-    stopped(made, tmp_path / "run", 5)
+    toy.stopped(made, tmp_path / "run", 5)
     (text / "003.txt").write_text("something else\nentirely, and longer than before")
     with pytest.raises(DataError, match=r"003\.txt"):
         toy.train(made, tmp_path / "run")
@@ -253,7 +216,7 @@ def test_compiled_blocks_give_the_same_losses(text: Path, cache: Path, tmp_path:
 def test_recompute_gives_the_same_losses(text: Path, cache: Path, tmp_path: Path) -> None:
     keep, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
     again, _ = toy.train(toy.recipe(text, cache, saved="recompute"), tmp_path / "b")
-    assert learned(keep) == learned(again)
+    assert toy.learned(keep) == toy.learned(again)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(
@@ -271,7 +234,7 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(
     )
     with pytest.raises(LmworksError, match="not made"):
         toy.train(made, tmp_path / "run")
-    assert save.complete(tmp_path / "run" / "checkpoints")
+    assert complete(tmp_path / "run" / "checkpoints")
     assert list(rows(tmp_path / "run" / "metrics.jsonl")), "the rows before the explosion are on disk"
 
 

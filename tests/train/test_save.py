@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lmworks.core.errors import CheckpointError
+from lmworks.model.checkpoint import complete, locate, step_of
 from lmworks.train import save
 from lmworks.train.save import Checkpoints, Saving, Snapshot
 
@@ -57,7 +59,7 @@ def test_a_background_write_holds_the_values_of_its_moment(tmp_path: Path) -> No
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
     saved(tmp_path, [10, 20, 30, 40, 50], keep=2, keep_every=20)
-    assert [save.step_of(p) for p in save.complete(tmp_path)] == [20, 30, 40, 50]
+    assert [step_of(p) for p in complete(tmp_path)] == [20, 30, 40, 50]
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (20, 30, 40, 50)]
 
 
@@ -99,7 +101,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_manifest_is_not_complete(tmp_path: Path) -> None:
     saved(tmp_path, [1, 2])
     (tmp_path / "step-00000002" / "manifest.json").unlink()
-    assert [save.step_of(p) for p in save.complete(tmp_path)] == [1]
+    assert [step_of(p) for p in complete(tmp_path)] == [1]
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         save.read(tmp_path / "step-00000002")
 
@@ -120,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path
     with pytest.raises(CheckpointError, match="could not be written"):  # noqa: PT012  (a background write fails at wait)
         checkpoints.save(2, snapshot(2))
         checkpoints.wait()
-    assert [save.step_of(p) for p in save.complete(tmp_path / "gone")] == [1]
+    assert [step_of(p) for p in complete(tmp_path / "gone")] == [1]
 
 
 @pytest.fixture
@@ -165,3 +167,34 @@ def test_a_checkpoint_of_another_model_lists_what_differs() -> None:
     assert "missing: new" in text
     assert "not in this model: old" in text
     assert "a: [2, 3] there, [2, 4] in this model" in text
+
+
+def test_a_persons_own_copy_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.toml").write_text("")
+    saved(run / "checkpoints", [1])
+    copy = run / "checkpoints" / "step-00000001-good"
+    shutil.copytree(run / "checkpoints" / "step-00000001", copy)
+    saved(run / "checkpoints", [2, 3], keep=1, background=False)
+    assert [step_of(p) for p in complete(run / "checkpoints")] == [3]
+    assert locate(run).weights.name == "step-00000003"
+    assert save.read(copy).state == {"step": 1}
+
+
+def test_going_back_forgets_what_came_later(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [10, 20, 30, 40], keep=4)
+    assert checkpoints.forget_after(20) == [30, 40]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+    assert checkpoints.forget_after(20) == []
+
+
+def test_other_parts_are_refused_and_other_settings_are_told() -> None:
+    clip, lion = {"use": "clip", "norm": 1.0}, {"use": "lion", "lr": 0.1}
+    made = {"optimizer": lion, "gradient": [clip]}
+    assert save.must_be_the_same_parts(made, made, where="here") == []
+    slower = {**made, "optimizer": {"use": "lion", "lr": 0.05}}
+    assert save.must_be_the_same_parts(made, slower, where="here") == ["optimizer.lr 0.1 -> 0.05"]
+    with pytest.raises(CheckpointError, match=r"gradient: clip there, none in this recipe") as caught:
+        save.must_be_the_same_parts(made, {"optimizer": {"use": "adamw"}, "gradient": []}, where="here")
+    assert "optimizer: lion there, adamw in this recipe" in str(caught.value)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lmworks.core import recipe as recipes
+from lmworks.core.errors import Stopped
+from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
@@ -83,6 +88,31 @@ def train(made: Train, path: Path, resume: str = "auto") -> tuple[RunFolder, Sil
     """Run it in this process."""
     report = Silent()
     return run(made, path, resume=resume, report=report), report
+
+
+def learned(folder: RunFolder) -> list[tuple[Any, ...]]:
+    """Everything in metrics.jsonl that must repeat to the last bit."""
+    names = ("step", "tokens", "loss", "grad_norm", "lr", "clip_factor", "val_loss", "val_bits_per_byte")
+    return [tuple(row.get(name) for name in names) for row in rows(folder.metrics)]
+
+
+class StopAt(Silent):
+    """Sends itself a signal when a step has been written."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        super().__init__()
+        self.step, self.number = step, number
+
+    def row(self, row: dict[str, Any]) -> None:
+        if row["step"] == self.step and "loss" in row:
+            os.kill(os.getpid(), self.number)
+
+
+def stopped(made: Any, path: Path, step: int, number: signal.Signals = signal.SIGTERM) -> Stopped:
+    """Run until the signal stops it at a step."""
+    with pytest.raises(Stopped) as caught:
+        run(made, path, resume="auto", report=StopAt(step, number))
+    return caught.value
 
 
 def model(vocab: int = 61, *, seed: int = 0, dtype: torch.dtype = torch.float64, **over: Any) -> Backbone:

@@ -17,6 +17,8 @@ import typer
 from lmworks.cli.console import answer, clock, count, say, table
 
 RECIPE = "quickstart"
+VALIDATION = {"validation_loss": "val_loss", "validation_bits_per_byte": "val_bits_per_byte"}
+"""What the answer calls a figure of summary.json, where documents are held out."""
 
 
 def quickstart(
@@ -116,7 +118,7 @@ def _rows(folder: Any) -> dict[int, tuple[float, float]]:
 def _train_until_killed(command: list[str], folder: Any, *, after: int) -> Killed:
     """Start the training, let it get some steps past a checkpoint that is not before step `after`, kill it."""
     from lmworks.core.errors import LmworksError
-    from lmworks.train.save import complete, step_of
+    from lmworks.model.checkpoint import complete, step_of
 
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
@@ -156,8 +158,8 @@ def _resume(command: list[str], folder: Any) -> None:
 def _sample(folder: Any) -> str:
     from lmworks.core.journal import rows
 
-    last = list(rows(folder.samples))[-1]
-    return f"{last['prompt']}{last['text']}"
+    found = list(rows(folder.samples))
+    return f"{found[-1]['prompt']}{found[-1]['text']}" if found else "   no texts: samples.prompts is empty"
 
 
 def _export(folder: Any) -> dict[str, Any]:
@@ -175,8 +177,7 @@ def _result(folder: Any, *, seen: Killed, same: int, proof: dict[str, Any], seco
     return {
         "parameters": count(summary["parameters"]),
         "tokens_seen": count(summary["tokens"]),
-        "validation_loss": round(summary["val_loss"], 4),
-        "validation_bits_per_byte": round(summary["val_bits_per_byte"], 4),
+        **{name: round(summary[key], 4) for name, key in VALIDATION.items() if key in summary},
         "tokens_per_second": round(summary["tokens_per_second"]),
         "peak_memory_GiB": round(summary["peak_memory_bytes"] / 2**30, 2),
         "killed_at_step": seen.step,

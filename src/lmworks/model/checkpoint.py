@@ -10,8 +10,9 @@ A run folder means its newest complete checkpoint. Its shape is in model.toml, o
 from __future__ import annotations
 
 import json
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -32,6 +33,8 @@ from lmworks.model.sizes import Shape
 
 WEIGHTS = "model.safetensors"
 SHAPE = "model.toml"
+NAME = re.compile(r"step-\d{8}")
+"""The name of a checkpoint's folder."""
 
 
 class ModelConfig(Shape, Protocol):
@@ -80,11 +83,17 @@ class Located:
         with _open(self.weights / WEIGHTS) as file:
             return config.with_vocab(file.get_slice("embed.weight").get_shape()[0])
 
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files that hold the weights, by name."""
+        if self.run is not None:
+            return {WEIGHTS: str(verify(self.weights, [WEIGHTS])["files"][WEIGHTS]["sha256"])}
+        return {path.name: files.sha256_of(path) for path in sorted(self.weights.glob("*.safetensors"))}
+
     def tensors(self) -> Mapping[str, Tensor]:
         """The parameters by our names. A checkpoint's bytes are verified first."""
         if self.run is None:
             return hf.read_folder(self.weights).tensors
-        verify(self.weights)
+        verify(self.weights, [WEIGHTS])
         return load_file(self.weights / WEIGHTS)
 
 
@@ -100,14 +109,14 @@ def locate(path: Path) -> Located:
     if (path / "config.json").is_file():
         return Located(weights=path, run=None)
     if (path / "recipe.toml").is_file():
-        complete = sorted(manifest.parent for manifest in (path / "checkpoints").glob("step-*/manifest.json"))
-        if not complete:
+        found = complete(path / "checkpoints")
+        if not found:
             raise CheckpointError(
                 "this run has no complete checkpoint yet",
                 where=str(path),
                 next_step="let it train on; checkpoints.every says how often one is written",
             )
-        return Located(weights=complete[-1], run=path)
+        return Located(weights=found[-1], run=path)
     if (path / WEIGHTS).is_file() and path.parent.name == "checkpoints":
         return Located(weights=path, run=path.parent.parent)
     raise CheckpointError("holds no model", where=str(path), legal=_LEGAL)
@@ -172,22 +181,50 @@ def _shape_of_run(run: Path) -> ModelConfig:
     return config
 
 
-def verify(checkpoint: Path) -> None:
-    """Compare the weights' size and SHA-256 with the checkpoint's manifest. Raises CheckpointError by name."""
-    manifest, weights = checkpoint / "manifest.json", checkpoint / WEIGHTS
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first. Folders of any other name are a person's own."""
+    return sorted(p.parent for p in folder.glob("step-*/manifest.json") if NAME.fullmatch(p.parent.name))
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def verify(checkpoint: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compare files (all, or those named) with the sizes and SHA-256 of the checkpoint's manifest, which is returned.
+
+    Raises CheckpointError that names the damaged file and the checkpoint before it.
+    """
+    path = checkpoint / "manifest.json"
+    if not path.is_file():
+        raise refused(checkpoint, "is not a complete checkpoint: it has no manifest.json")
     try:
-        facts = json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]
-        size, digest = int(facts["bytes"]), str(facts["sha256"])
-    except FileNotFoundError as error:
-        raise CheckpointError("has no manifest.json: it was not written to its end", where=str(checkpoint)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"is damaged: {error}", where=str(manifest)) from error
-    if not weights.is_file():
-        raise CheckpointError("is missing", where=str(weights))
-    if weights.stat().st_size != size:
-        raise CheckpointError(f"has {weights.stat().st_size} bytes, {size} were written", where=str(weights))
-    if files.sha256_of(weights) != digest:
-        raise CheckpointError("does not have the bytes that were written (its SHA-256 differs)", where=str(weights))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        listed = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
+        wanted = {name: listed[name] for name in (names if names is not None else listed)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refused(checkpoint, f"manifest.json is damaged ({error})") from error
+    for name, (size, digest) in wanted.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise refused(checkpoint, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise refused(checkpoint, f"{name} has {file.stat().st_size} bytes, {size} were written")
+        if files.sha256_of(file) != digest:
+            raise refused(checkpoint, f"{name} does not have the bytes that were written (its SHA-256 differs)")
+    return manifest
+
+
+def refused(checkpoint: Path, what: str) -> CheckpointError:
+    """A checkpoint that cannot be used, and the one before it."""
+    earlier = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
+    step = (
+        f"take the checkpoint before it, {earlier[-1]} (to train on: --resume {earlier[-1]})"
+        if earlier
+        else "no earlier checkpoint is there; --resume never trains anew"
+    )
+    return CheckpointError(what, where=str(checkpoint), next_step=step)
 
 
 def _open(path: Path) -> Any:

@@ -41,6 +41,10 @@ class Pretrained:
         """The folder in which its tokenizer lies, if it has one."""
         return self._where.tokenizer
 
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files that hold the weights, by name."""
+        return self._where.hashes()
+
     def check(self, recipe: object) -> Iterator[Problem]:
         """A tokenizer of other tokens than the weights know, and rows that are longer than a position table.
 

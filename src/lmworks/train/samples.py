@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.seeds import seed_for
 from lmworks.data.tokenizer import Tokenizer
 from lmworks.generate.engine import Engine
@@ -12,9 +13,29 @@ from lmworks.model.backbone import Backbone
 from lmworks.train.recipe import Samples
 
 
+def _tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return [tokenizer.bos, *(int(i) for i in tokenizer.encode(prompt))]
+
+
+def must_fit_positions(model: Backbone, tokenizer: Tokenizer, settings: Samples) -> None:
+    """Raise RecipeError when a prompt is longer than the model's position table, before anything is trained."""
+    if model.positions is None:
+        return
+    room = model.positions.weight.shape[0]
+    problems = [
+        Problem(
+            path=f"samples.prompts.{i}", text=f"is {length} tokens long, the model has {room} positions; shorten it"
+        )
+        for i, prompt in enumerate(settings.prompts)
+        if (length := len(_tokens(tokenizer, prompt))) > room
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
 def sample(model: Backbone, tokenizer: Tokenizer, settings: Samples, *, seed: int, step: int) -> list[dict[str, Any]]:
     """Go on with each of the recipe's prompts: rows of step, prompt, text. Touches no random state of the run."""
-    prompts = [[tokenizer.bos, *(int(i) for i in tokenizer.encode(prompt))] for prompt in settings.prompts]
+    prompts = [_tokens(tokenizer, prompt) for prompt in settings.prompts]
     if not prompts:
         return []
     sampling = Sampling(temperature=settings.temperature, top_k=settings.top_k, seed=seed_for(seed, "samples"))

@@ -13,7 +13,6 @@ Everything is written into a hidden temporary folder, synced, and renamed.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import threading
@@ -29,7 +28,8 @@ from torch import Tensor
 
 from lmworks.core import files
 from lmworks.core.errors import CheckpointError
-from lmworks.core.recipe import PositiveInt
+from lmworks.core.recipe import PositiveInt, differences
+from lmworks.model.checkpoint import complete, refused, step_of, verify
 
 FORMAT = 2
 TENSOR_FILES = ("model", "optimizer", "selector", "random")
@@ -67,6 +67,16 @@ class Checkpoints:
         self._failure: BaseException | None = None
         for leftover in folder.glob(".writing-*"):
             shutil.rmtree(leftover)
+
+    def forget_after(self, step: int) -> list[int]:
+        """Delete the checkpoints of later steps, which a run that goes on from `step` left behind; their steps.
+
+        Without this the next start would take one of them, and not what was written since.
+        """
+        later = [path for path in complete(self.folder) if step_of(path) > step]
+        for path in [_doomed(path) for path in later]:  # all names are gone before the first byte is
+            shutil.rmtree(path)
+        return [step_of(path) for path in later]
 
     def save(self, step: int, snapshot: Snapshot) -> None:
         """Write a checkpoint, in the background when so set. Raises CheckpointError for this or the last write."""
@@ -106,17 +116,14 @@ class Checkpoints:
             files.sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            full = (
-                "disk full" if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error) else str(error)
-            )
             raise CheckpointError(
-                f"could not be written: {full}",
+                f"could not be written: {files.why_not_written(error)}",
                 where=str(final),
                 next_step="make room, then run the same command again: it resumes from the newest complete checkpoint",
             ) from error
-        self._drop_old(step)
+        self._drop_old()
 
-    def _drop_old(self, step: int) -> None:
+    def _drop_old(self) -> None:
         every = self._saving.keep_every
         spare = [p for p in complete(self.folder) if every is None or step_of(p) % every != 0]
         for path in spare[: -self._saving.keep]:
@@ -141,60 +148,21 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint; a kill while files are being deleted must not leave half of one under its name."""
-    doomed = path.with_name(f".writing-old-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_doomed(path))
 
 
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints below a folder, oldest first."""
-    return sorted(p.parent for p in folder.glob("step-*/manifest.json"))
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint folder."""
-    return int(path.name.removeprefix("step-"))
+def _doomed(path: Path) -> Path:
+    return path.rename(path.with_name(f".writing-old-{path.name}"))
 
 
 def read(folder: Path) -> Snapshot:
     """Read and verify a checkpoint. Raises CheckpointError that names the damaged file and the checkpoint before it."""
-    manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file():
-        raise _refused(folder, "is not a complete checkpoint: it has no manifest.json")
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        listed = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _refused(folder, f"manifest.json is damaged ({error})") from error
+    manifest = verify(folder)
     if manifest.get("format") != FORMAT:
-        raise _refused(folder, f"has format {manifest.get('format')!r}; this version reads format {FORMAT}")
-    for name, facts in listed.items():
-        _verify(folder, name, facts)
-    tensors = {
-        name: load_file(folder / f"{name}.safetensors") for name in TENSOR_FILES if f"{name}.safetensors" in listed
-    }
+        raise refused(folder, f"has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    names = [name for name in TENSOR_FILES if f"{name}.safetensors" in manifest["files"]]
+    tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
     return Snapshot(tensors=tensors, state=json.loads((folder / "state.json").read_text(encoding="utf-8")))
-
-
-def _verify(folder: Path, name: str, facts: dict[str, Any]) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise _refused(folder, f"{name} is missing")
-    size = path.stat().st_size
-    if size != facts["bytes"]:
-        raise _refused(folder, f"{name} has {size} bytes, {facts['bytes']} were written")
-    if files.sha256_of(path) != facts["sha256"]:
-        raise _refused(folder, f"{name} does not have the bytes that were written (its SHA-256 differs)")
-
-
-def _refused(folder: Path, what: str) -> CheckpointError:
-    earlier = [p for p in complete(folder.parent) if p.name < folder.name]
-    step = (
-        f"--resume {earlier[-1]}  (the checkpoint before it)"
-        if earlier
-        else "--resume never starts anew; no earlier checkpoint is there"
-    )
-    return CheckpointError(what, where=str(folder), next_step=step)
 
 
 def must_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where: str) -> None:
@@ -211,6 +179,29 @@ def must_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where
         raise CheckpointError(
             f"is of another model ({shown})", where=where, next_step="use the recipe it was made with"
         )
+
+
+def must_be_the_same_parts(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> list[str]:
+    """Raise CheckpointError unless the same parts stand in every slot; the settings of theirs that differ."""
+    names = {slot: [[one["use"] for one in _listed(table[slot])] for table in (found, wanted)] for slot in wanted}
+    others = [
+        f"{slot}: {', '.join(there) or 'none'} there, {', '.join(here) or 'none'} in this recipe"
+        for slot, (there, here) in names.items()
+        if there != here
+    ]
+    if others:
+        step = "use the parts it was made with; to begin from its weights alone: model.use = 'pretrained'"
+        raise CheckpointError(f"is of another recipe ({'; '.join(others)})", where=where, next_step=step)
+    return [
+        f"{slot}.{path} {there!r} -> {here!r}"
+        for slot in wanted
+        for ours, theirs in zip(_listed(wanted[slot]), _listed(found[slot]), strict=True)
+        for path, (here, there) in differences(ours, theirs).items()
+    ]
+
+
+def _listed(table: Any) -> list[dict[str, Any]]:
+    return table if isinstance(table, list) else [table]
 
 
 def _held(tensor: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
-from lmworks.core.need import need
+from lmworks.core.need import must_be_there, need
 from lmworks.core.run import RunFolder
 
 Row = dict[str, Any]
@@ -27,6 +27,14 @@ class Writer(ABC):
 class Sink(ABC):
     """The settings of a sink, which open it for a run."""
 
+    package: ClassVar[str | None] = None
+    """What it needs of the extra `trackers`."""
+
+    def must_be_installed(self) -> None:
+        """Raise MissingExtra when its package is not installed: told before anything is tokenised."""
+        if self.package is not None:
+            must_be_there(self.package, extra="trackers", why=f"sink '{self.package}'")
+
     @abstractmethod
     def open(self, folder: RunFolder, recipe: dict[str, Any], *, step: int) -> Writer:
         """An open sink for this run, which starts or goes on at `step`."""
@@ -39,7 +47,7 @@ class TensorBoard(Sink):
 
     def open(self, folder: RunFolder, recipe: dict[str, Any], *, step: int) -> Writer:
         """Open `tensorboard/`; rows after `step` of an earlier attempt are hidden by TensorBoard itself."""
-        return _TensorBoardWriter(folder, purge=step or None)
+        return _TensorBoardWriter(folder, purge=step + 1 if step else None)
 
 
 class _TensorBoardWriter(Writer):
@@ -61,19 +69,22 @@ class _TensorBoardWriter(Writer):
 class WandB(Sink):
     """Weights & Biases. Needs the extra `trackers` and an account; `mode = "offline"` needs none."""
 
+    package: ClassVar[str | None] = "wandb"
+    """The package."""
+
     project: str
     """The project's name there."""
     mode: str = "online"
     """online, offline or disabled, as wandb understands it."""
 
     def open(self, folder: RunFolder, recipe: dict[str, Any], *, step: int) -> Writer:
-        """Start or go on with the run of this folder's name."""
+        """Start or go on with this run, by its own id: folders of the same name are different runs."""
         wandb = need("wandb", extra="trackers", why="sink 'wandb'")
         run = wandb.init(
             project=self.project,
             mode=self.mode,
             name=folder.name,
-            id=folder.name,
+            id=folder.id(),
             resume="allow",
             config=recipe,
             dir=str(folder.path),
@@ -86,18 +97,26 @@ class WandB(Sink):
 class MLflow(Sink):
     """MLflow. Needs the extra `trackers`."""
 
+    package: ClassVar[str | None] = "mlflow"
+    """The package."""
+
     experiment: str
     """The experiment's name."""
     uri: str | None = None
     """Tracking server or folder; left out: MLflow's own default."""
 
     def open(self, folder: RunFolder, recipe: dict[str, Any], *, step: int) -> Writer:
-        """Start a run of this folder's name."""
+        """Start this run, or go on with the one that carries its id."""
         mlflow = need("mlflow", extra="trackers", why="sink 'mlflow'")
         if self.uri is not None:
             mlflow.set_tracking_uri(self.uri)
-        mlflow.set_experiment(self.experiment)
-        mlflow.start_run(run_name=folder.name)
+        experiment = mlflow.set_experiment(self.experiment)
+        tag = f"tags.lmworks_id = '{folder.id()}'"
+        found = mlflow.search_runs([experiment.experiment_id], filter_string=tag, output_format="list")
+        if found:
+            mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            mlflow.start_run(run_name=folder.name, tags={"lmworks_id": folder.id()})
         return _Called(lambda at, numbers: mlflow.log_metrics(numbers, step=at), mlflow.end_run)
 
 
@@ -106,13 +125,16 @@ class MLflow(Sink):
 class Trackio(Sink):
     """trackio. Needs the extra `trackers`."""
 
+    package: ClassVar[str | None] = "trackio"
+    """The package."""
+
     project: str
     """The project's name."""
 
     def open(self, folder: RunFolder, recipe: dict[str, Any], *, step: int) -> Writer:
-        """Start or go on with the run of this folder's name."""
+        """Start or go on with this run: trackio knows it by its name, which is the folder's and the run's own id."""
         trackio = need("trackio", extra="trackers", why="sink 'trackio'")
-        trackio.init(project=self.project, name=folder.name, config=recipe, resume="allow")
+        trackio.init(project=self.project, name=f"{folder.name}-{folder.id()[:8]}", config=recipe, resume="allow")
         return _Called(lambda at, numbers: trackio.log(numbers, step=at), trackio.finish)
 
 
