@@ -43,7 +43,8 @@ def test_methods_lists_every_published_method_without_torch(lmworks: Command) ->
     listed = json.loads(lmworks("methods", "--json").out)
     assert [row["name"] for row in listed] == list(METHODS)
     assert {row["name"] for row in listed if not row["planned"]} >= {"sophia", "colm", "megascale"}
-    code = "import sys; from lmworks.cli.methods import methods; methods(None, None, False, False); print('torch' in sys.modules)"
+    call = "from lmworks.cli.methods import methods; methods(None, None, False, False)"
+    code = f"import sys; {call}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 

@@ -29,7 +29,6 @@ from lmworks.train.slots import Component, Objective, Selector
 from lmworks.train.step import Step
 from tests.methods.coresets import draw, numbers, probe_of, started
 from tests.train import toy
-from tests.train.test_loop import stopped
 from tests.train.test_step import step_on
 
 SHARES = {"letters": 0.6, "digits": 0.3, "signs": 0.1}
@@ -92,8 +91,8 @@ def test_a_run_that_was_stopped_goes_on_to_choose_the_same_rows(
 ) -> None:
     recipe = made(corpus, {"use": "colm", "coordinates": 64, "measure_every": 4, **settings}, micro_batch_size=3)
     whole, _ = toy.train(recipe, tmp_path / "whole")
-    assert stopped(recipe, tmp_path / "run", 3).exit_code == 3
-    stopped(recipe, tmp_path / "run", 7, signal.SIGUSR1)
+    assert toy.stopped(recipe, tmp_path / "run", 3).exit_code == 3
+    toy.stopped(recipe, tmp_path / "run", 7, signal.SIGUSR1)
     folder, _ = toy.train(recipe, tmp_path / "run")
     assert learned(folder) == learned(whole)
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(folder).items())
