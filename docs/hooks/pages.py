@@ -3,6 +3,8 @@
     reference/commands.md   what every verb answers to --help
     reference/settings.md   every setting of every part, from the dataclasses and the docstrings below their fields
     reference/FOLDER.md     the modules of src/lmworks/FOLDER, for mkdocstrings
+    methods/index.md        the ledger: every published method, and which settings a paper's parts are
+    methods/NAME.md         a method's page: its docstring, settings, claims, evidence, and the picture of the evidence
 
 Nothing of it is kept in the repository, so it cannot differ from the code.
 """
@@ -15,9 +17,11 @@ import inspect
 import json
 import pkgutil
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
@@ -26,8 +30,10 @@ from mkdocs.structure.files import File, Files
 from lmworks.cli.app import app
 from lmworks.core import catalogue
 from lmworks.core.settings import settings
+from lmworks.prove import report
+from lmworks.prove.ledger import Entry, entries, page, parts_of
 
-FOLDERS = ("core", "model", "data", "generate", "train", "evaluate", "serve")
+FOLDERS = ("core", "maths", "model", "data", "jobs", "generate", "train", "evaluate", "serve", "prove")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -35,7 +41,72 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {"commands": commands(), "settings": all_settings(), **{folder: modules(folder) for folder in FOLDERS}}
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
+    files.append(File.generated(config, "methods/index.md", content=ledger_page()))
+    for entry in entries():
+        if not entry.method.planned:
+            files.append(File.generated(config, f"methods/{entry.name}.md", content=method_page(entry)))
+            if entry.evidence:
+                picture = _picture(entry.evidence[-1].content)
+                files.append(File.generated(config, f"methods/{entry.name}.png", content=picture))
     return files
+
+
+def ledger_page() -> str:
+    """All methods with what was seen of them, and an index from papers to settings."""
+    lines = ["# Methods", "", "Every published method that lmworks has or plans, and what was seen of its claims.", ""]
+    lines += ["| method | year | what it does | fills | seen here |", "| --- | --- | --- | --- | --- |"]
+    index = ["", "## From paper to settings", "", "| paper | settings |", "| --- | --- |"]
+    for entry in entries():
+        name = entry.name if entry.method.planned else f"[{entry.name}]({entry.name}.md)"
+        fills = ", ".join(entry.method.fills)
+        lines.append(f"| {name} | {entry.method.year} | {_cell(entry.method.line)} | {fills} | {entry.state} |")
+        if not entry.method.planned:
+            parts = [f"[`{part}`](../reference/settings.md#{slot}-{part})" for slot, part in parts_of(entry.method)]
+            index.append(f"| {entry.method.title} ({entry.method.year}) | {', '.join(parts)} |")
+    return "\n".join([*lines, *index])
+
+
+def method_page(entry: Entry) -> str:
+    """A method's page for the site."""
+    title, _, body = page(entry.method).partition("\n")
+    lines = [f"# {entry.name}", "", f"**{title}**", body, "", "## Settings", ""]
+    for slot, part in parts_of(entry.method):
+        cls = catalogue.resolve(catalogue.SLOTS[slot].parts[part].path)
+        lines += [f'### `{slot}`: `use = "{part}"`', "", _doc(cls), "", *_table(cls)]
+    lines += ["## Smallest run", "", "```bash", f"lmworks train methods/{entry.name}", "```", "", "## Claims", ""]
+    lines += _markdown(
+        ["claim", "figure", "statement", "condition", "source"],
+        [[c["name"], c["figure"], c["statement"] + _untested(c), c["condition"], c["source"]] for c in entry.claims],
+    )
+    lines += ["## Evidence", ""]
+    if not entry.evidence:
+        return "\n".join([*lines, f"None yet. `lmworks prove {entry.name} --save` makes some."])
+    newest = entry.evidence[-1]
+    content = newest.content
+    lines += [f"Grade {content['grade']}, {content['label']} on {newest.date} at commit {newest.commit}, "]
+    lines += [f"{content['hardware']['processor']}, {content['hardware']['cores']} cores: `{newest.path.name}`.", ""]
+    if newest.stale():
+        lines += [f'!!! warning "Stale"\n    Changed since: {", ".join(newest.stale())}.', ""]
+    lines += [f"![The metric along the axis, and differences by seed]({entry.name}.png)", ""]
+    lines += _markdown(report.FINDING_HEADER, report.finding_rows(content))
+    lines += _markdown(report.ARM_HEADER, report.arm_rows(content))
+    return "\n".join(lines)
+
+
+def _untested(claim: dict[str, typing.Any]) -> str:
+    return f" *Not tested here: {claim['untested']}.*" if claim.get("untested") else ""
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+    return [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}", *cells, ""]
+
+
+def _picture(content: dict[str, typing.Any]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        report.draw(content, path)
+        return path.read_bytes()
 
 
 def commands() -> str:
@@ -88,7 +159,11 @@ def _doc(cls: type) -> str:
 
 
 def _table(cls: type) -> list[str]:
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    made = dataclasses.MISSING
+    defaults = {
+        field.name: field.default if field.default_factory is made else field.default_factory()
+        for field in dataclasses.fields(cls)
+    }
     rows = [
         f"| `{s.name}` | {_kind(s.kind)} | {_default(s.default, defaults[s.name])} | {_cell(s.help)} |"
         for s in settings(cls)
@@ -177,6 +252,8 @@ def _tables_inside(cls: type) -> Iterator[tuple[str, type]]:
 
 
 def _alternatives(hint: object) -> tuple[object, ...]:
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[:1]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return typing.get_args(hint)
     return (hint,)

@@ -3,6 +3,8 @@
 | what stands in a bash block | what is done with it |
 | --- | --- |
 | lmworks train | run as it stands, on a tiny model; decoded (--check) where it compiles |
+| lmworks compare | run with one seed, on a tiny model |
+| lmworks prove | the proof and its arms are decoded (--check) |
 | lmworks quickstart, fetch, chat | verb and options exist (minutes, a network, a person) |
 | any other lmworks command | run, in a folder that holds a tiny run at runs/quickstart |
 | make | the targets and variables exist |
@@ -29,7 +31,14 @@ import pytest
 from lmworks.core import recipe
 from tests.docs.blocks import ROOT, Block, Command, blocks, commands
 
-HOW = {"train": "train", "quickstart": "parse", "fetch": "parse", "chat": "parse"}
+HOW = {
+    "train": "train",
+    "compare": "compare",
+    "prove": "prove",
+    "quickstart": "parse",
+    "fetch": "parse",
+    "chat": "parse",
+}
 OTHERS = {
     "python3": "makes an environment",
     "tensorboard": "a server",
@@ -74,6 +83,10 @@ def _job(command: Command, cwd: Path) -> dict[str, object]:
         small = [] if "--check" in rest else TINY_SETS  # before the command's own settings, which win
         minutes = ["--check"] if "compile=true" in rest else []
         return {"cwd": str(cwd), "argv": [verb, name, *small, *rest, *minutes], "how": "run"}
+    if how == "compare":
+        return {"cwd": str(cwd), "argv": [*argv, *TINY_SETS, "--seeds", "1"], "how": "run"}
+    if how == "prove":
+        return {"cwd": str(cwd), "argv": [*argv, *([] if "--check" in argv else ["--check"])], "how": "run"}
     return {"cwd": str(cwd), "argv": argv, "how": how}
 
 
@@ -106,6 +119,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, lmworks_home: Path) -> dic
         "".join(json.dumps({"text": f"line {i} of many"}) + "\n" for i in range(40))
     )
     shutil.copy(ROOT / "README.md", home / "README.md")
+    (home / "higher-rate.toml").write_text('base = "train/quickstart"\noptimizer = { use = "adamw", lr = 6e-3 }\n')
     training = {"cwd": str(home), "argv": ["train", "quickstart", *TINY_SETS], "how": "run"}
     (made,) = _drive([training], base)
     assert made["code"] == 0, made["err"]

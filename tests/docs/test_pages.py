@@ -12,6 +12,7 @@ import yaml
 from benchmarks.quickstart import BEGIN, END, EVIDENCE, with_table
 from lmworks.core import catalogue
 from lmworks.core.settings import settings
+from lmworks.core.papers import METHODS
 from tests.docs.blocks import PAGES, ROOT
 
 PARTS = [(slot, name) for slot, shelf in catalogue.SLOTS.items() for name in shelf.parts]
@@ -53,6 +54,7 @@ def test_every_verb_has_a_guide() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     named = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     made = {f"reference/{name}.md" for name in ("commands", "settings", *_folders())}
+    made |= {"methods/index.md"} | {f"methods/{name}.md" for name, method in METHODS.items() if not method.planned}
     there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert set(named) == there | made
 
@@ -64,7 +66,7 @@ def _folders() -> tuple[str, ...]:
 
 def test_every_package_folder_is_in_the_reference() -> None:
     folders = {path.parent.name for path in (ROOT / "src" / "lmworks").glob("*/__init__.py")}
-    assert folders - {"cli"} == set(_folders())
+    assert folders - {"cli", "methods"} == set(_folders()), "methods have pages of their own"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "docs" not in page.parts], ids=lambda page: page.name)
