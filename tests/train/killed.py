@@ -2,7 +2,7 @@
 
     python -m tests.train.killed SPEC.json
 
-SPEC: {"table": recipe table, "run": folder, "delays": [seconds, ...]}. Each child is forked from this process, which
+SPEC: {"table": recipe table, "run": folder, "delays": [seconds after its first step began, ...]}. Each child is forked from this process, which
 has imported everything but started no thread, so that a kill costs a tenth of a second and not an import of torch.
 Prints one line for each kill: the newest step in metrics.jsonl, the complete checkpoints, whether a save was going on.
 """
@@ -34,12 +34,23 @@ def slowly(*words: Any) -> None:
     time.sleep(0.02)
 
 
-def child(spec: dict[str, object]) -> None:
+class Telling(Silent):
+    """Writes a byte when the first step is about to run."""
+
+    def __init__(self, pipe: int) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def begin(self, step: int, steps: int) -> None:
+        os.write(self.pipe, b".")
+
+
+def child(spec: dict[str, object], pipe: int) -> None:
     """One attempt, in a forked process that ends without returning."""
     code = 1
     save.save_file = slowly
     try:
-        run(recipes.decode(spec["table"]), Path(str(spec["run"])), resume="auto", report=Silent())  # type: ignore[arg-type]
+        run(recipes.decode(spec["table"]), Path(str(spec["run"])), resume="auto", report=Telling(pipe))  # type: ignore[arg-type]
         code = 0
     finally:
         sys.stderr.flush()
@@ -51,13 +62,17 @@ def main() -> int:
     spec = json.loads(Path(sys.argv[1]).read_text())
     folder = RunFolder(Path(spec["run"]))
     for delay in [*spec["delays"], None]:
+        begun, pipe = os.pipe()
         pid = os.fork()
         if pid == 0:
-            child(spec)
+            child(spec, pipe)
+        os.close(pipe)
         if delay is not None:
+            os.read(begun, 1)  # until the steps begin: a busy machine takes long to get there
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
+        os.close(begun)
         seen = max((row["step"] for row in rows(folder.metrics)), default=0)
         saved = [step_of(path) for path in complete(folder.checkpoints)]
         writing = any(folder.checkpoints.glob(".writing-*"))

@@ -14,6 +14,7 @@ from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
+from lmworks.train.energy import Meter
 from lmworks.train.rate import memory_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train
 from lmworks.train.records import Progress, Records, Reporter, dropped
@@ -90,6 +91,7 @@ class Loop:
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
         self.checkpoints = save.Checkpoints(records.folder.checkpoints, built.recipe.checkpoints)
         self.peak = peak_flops(built.device, built.dtype)
+        self.meter = Meter(built.device)
 
     def run(self, snapshot: save.Snapshot | None, stop: StopRequest) -> None:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
@@ -114,6 +116,7 @@ class Loop:
     def _steps(self, stop: StopRequest) -> str | None:
         """Steps until the end, or until a signal or the time limit: its reason."""
         progress, recipe = self.progress, self.recipe
+        self.meter.joules()  # what was spent before the first step is nobody's
         self.report.begin(progress.step, recipe.steps)
         while progress.step < recipe.steps and progress.stopped is None:
             record = self._step()
@@ -153,6 +156,7 @@ class Loop:
             "tokens_per_second": rate,
             "mfu": rate * self.built.cost.train_flops_per_token / self.peak[0],
             "memory_bytes": memory_bytes(self.built.device),
+            **({"joules": joules} if (joules := self.meter.joules()) is not None else {}),
             **result.extra,
         }
         self.records.write(progress.step, row)
