@@ -11,8 +11,8 @@ import yaml
 
 from benchmarks.quickstart import BEGIN, END, EVIDENCE, with_table
 from lmworks.core import catalogue
-from lmworks.core.settings import settings
 from lmworks.core.papers import METHODS
+from lmworks.core.settings import settings
 from tests.docs.blocks import PAGES, ROOT
 
 PARTS = [(slot, name) for slot, shelf in catalogue.SLOTS.items() for name in shelf.parts]

@@ -80,24 +80,28 @@ def _method(name: str, *, as_json: bool) -> None:
             settings = _settings(slot, part)
             value["parts"].append({"slot": slot, "name": part, "settings": settings})
             lines += ["", f'## {slot} = {{ use = "{part}" }}', "", _settings_table(settings)]
-        lines += ["", *_claims(found.claims), "", *_evidence(value["evidence"])]
+        lines += ["", *_claims(found.claims), "", *_evidence(name, value["evidence"])]
     answer(value, as_json=as_json, text="\n".join(lines))
 
 
 def _claims(claims: list[dict[str, Any]]) -> list[str]:
-    rows = [[c["name"], c["figure"], c["statement"], c["condition"], c["source"]] for c in claims]
-    return ["## Claims", "", table(rows, header=["claim", "figure", "statement", "condition", "source"])]
+    lines = ["## Claims", ""]
+    for claim in claims:
+        lines += [f"{claim['name']}: {claim['statement']}", f"    {claim['figure']}, {claim['condition']}"]
+        lines += [f"    {claim['source']}"]
+        lines += [f"    not tested here: {claim['untested']}"] if claim.get("untested") else []
+    return lines
 
 
-def _evidence(evidence: dict[str, Any] | None) -> list[str]:
-    from lmworks.prove.report import FINDING_HEADER, finding_rows
+def _evidence(name: str, evidence: dict[str, Any] | None) -> list[str]:
+    from lmworks.prove.report import finding_lines
 
     if evidence is None:
-        return ["## Evidence", "", "None yet: lmworks prove NAME --save makes some."]
+        return ["## Evidence", "", f"None yet: lmworks prove {name} --save makes some."]
     lines = ["## Evidence", "", f"{evidence['grade']}, {evidence['label']}, {evidence['date']}, {evidence['commit']}"]
     if evidence["stale"]:
         lines.append(f"stale: changed since: {', '.join(evidence['stale'])}")
-    return [*lines, "", table(finding_rows(evidence), header=FINDING_HEADER)]
+    return [*lines, "", *finding_lines(evidence)]
 
 
 def _settings(slot: str, part: str) -> list[dict[str, str]]:

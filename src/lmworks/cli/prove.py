@@ -75,8 +75,11 @@ def run_proof(proof: Proof, folder: Path, *, as_json: bool) -> dict[str, Any]:
     from lmworks.prove.evidence import content_of
 
     claims = [dataclasses.asdict(claim) for claim in proof.claims]
-    for claim in claims:
-        say(f"claim {claim['name']}: {claim['statement']} ({claim['figure']}; {claim['condition']}; {claim['source']})")
+    tested = [claim for claim in proof.claims if claim.untested is None]
+    for claim in tested:
+        say(f"claim {claim.name}: {claim.statement}\n      {claim.figure}, {claim.condition} ({claim.source})")
+    if len(tested) < len(claims):
+        say(f"{len(claims) - len(tested)} more claims are not tested here; lmworks methods {proof.method} says why")
     content = content_of(compare(proof, folder, Stages()))
     page = report.write(content, claims, folder)
     answer(content, as_json=as_json, text=_text(content))
@@ -89,7 +92,7 @@ def _text(content: dict[str, Any]) -> str:
     from lmworks.prove import report
 
     lines = [table(report.arm_rows(content), header=report.ARM_HEADER), ""]
-    lines.append(table(report.finding_rows(content), header=report.FINDING_HEADER))
+    lines += report.finding_lines(content)
     for arm, what in content["confounded"].items():
         lines.append(f"confounded: {arm} differs from {content['baseline']} in {', '.join(what)} as well")
     if len(content["seeds"]) < 5:

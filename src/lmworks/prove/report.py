@@ -69,6 +69,20 @@ def finding_rows(content: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def finding_lines(content: dict[str, Any]) -> list[str]:
+    """The findings for a terminal: verdict and claim, what was compared, what was seen, why."""
+    lines = []
+    for claim, what, seen, interval, bound, could_see, verdict in finding_rows(content):
+        word, _, why = verdict.partition(": ")
+        lines += [
+            f"{word.upper():<10}  {claim}".rstrip(),
+            f"            {what}",
+            f"            seen {seen} ({interval}), bound {bound}, could have seen {could_see}",
+            f"            {why}",
+        ]
+    return lines
+
+
 def sentence(test: dict[str, Any]) -> str:
     """'sophia-g / adamw, last val_loss: less'."""
     if test["take"] == "reach":
