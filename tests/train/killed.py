@@ -2,9 +2,9 @@
 
     python -m tests.train.killed SPEC.json
 
-SPEC: {"table": recipe table, "run": folder, "delays": [seconds, ...]}, each counted from where an attempt's steps begin.
-Each child is forked from this process, which has imported everything but started no thread, so that a kill costs a tenth
-of a second and not an import of torch.
+SPEC: {"table": recipe table, "run": folder, "delays": [seconds, ...]}, each counted from where an attempt's steps
+begin. Each child is forked from this process, which has imported everything but started no thread, so that a kill costs
+a tenth of a second and not an import of torch.
 Prints one line for each kill: the newest step in metrics.jsonl, the complete checkpoints, whether a save was going on.
 """
 
