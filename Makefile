@@ -33,7 +33,7 @@ demo: $(VENV)/.lmworks
 
 test: $(VENV)/.lmworks-dev
 	$(SAY) 'Running every test in two processes (the 15 slowest are listed at the end)'
-	$(QUIET_CPU) $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 $(TEST_ARGS)
+	$(QUIET_CPU) $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(TEST_ARGS)
 
 lint: $(VENV)/.lmworks-dev
 	$(BIN)/ruff check .

@@ -134,7 +134,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory, lmworks_home: Path) -> dic
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("command", OURS, ids=str)
 def test_lmworks_command(command: Command, answers: dict[Command, dict[str, object]]) -> None:
     found = answers[command]
@@ -181,7 +180,6 @@ def test_toml_decodes(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language == "python"], ids=str)
 def test_python_runs(block: Block, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", block.body], check=True, timeout=120, cwd=tmp_path)

