@@ -130,7 +130,7 @@ def test_a_parallel_block_has_one_norm_and_costs_the_same_products() -> None:
     assert [name for name in names if "ffn_norm" in name] == []
     assert theirs.parameters - ours.parameters == 3 * 8
     assert ours.forward_flops_per_token == theirs.forward_flops_per_token
-    assert theirs.activation_bytes_per_token - ours.activation_bytes_per_token == 3 * 2 * 8 * 4
+    assert theirs.activation_bytes_per_token - ours.activation_bytes_per_token == 3 * (2 * 8 + 1) * 4
 
 
 # --- the window ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -16,6 +17,7 @@ from lmworks.core.errors import RecipeError
 from lmworks.core.recipe import recipes_folder
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.gpt2 import GPT2Config
+from lmworks.model.init import initialise
 from lmworks.model.neox import NeoXConfig
 from lmworks.model.sizes import mean_keys
 
@@ -146,3 +148,45 @@ def test_a_shape_without_vocabulary_costs_nothing_yet() -> None:
     with pytest.raises(RecipeError, match="is not known yet"):
         config.cost(sequence=8)
     assert config.with_vocab(257).cost(sequence=8).parameters > 0
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "n_heads": 4, "ffn_size": 80}
+KEPT = {
+    "decoder": DecoderConfig(n_layers=2, n_kv_heads=2, **SMALL),
+    "parallel block": DecoderConfig(n_layers=2, n_kv_heads=2, parallel_block=True, **SMALL),
+    "q/k norms": DecoderConfig(n_layers=2, n_kv_heads=2, qk_norm=True, **SMALL),
+    "window": DecoderConfig(n_layers=2, n_kv_heads=2, sliding_window=40, **SMALL),
+    "gpt2": GPT2Config(n_layers=2, max_position=2048, **SMALL),
+    "neox": NeoXConfig(n_layers=2, **SMALL),
+    "serial neox": NeoXConfig(n_layers=2, parallel_block=False, **SMALL),
+}
+
+
+def kept_bytes(config: DecoderConfig | GPT2Config | NeoXConfig, length: int) -> int:
+    """Bytes of all distinct storages, parameters apart, that a forward pass over one row keeps."""
+    model = config.build()
+    initialise(model, 0)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.arange(length)[None] % 64)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("length", [16, 200, 1500])
+@pytest.mark.parametrize("config", KEPT.values(), ids=KEPT)
+def test_activation_bytes_are_those_that_autograd_keeps(
+    config: DecoderConfig | GPT2Config | NeoXConfig, length: int
+) -> None:
+    one = dataclasses.replace(config, n_layers=1)
+    of_a_block = kept_bytes(config, length) - kept_bytes(one, length)
+    assert config.cost(sequence=length).activation_bytes_per_token == pytest.approx(2 * of_a_block / length)

@@ -23,8 +23,8 @@ from lmworks.core.papers import METHODS
 from lmworks.prove import evidence, report
 from lmworks.prove.arm import Measured
 from lmworks.prove.budget import cost_of_step, equal_steps, trial_table
-from lmworks.prove.compare import Comparison, compare, confounders, seeds_of
-from lmworks.prove.recipe import Proof, arm_table
+from lmworks.prove.compare import Comparison, Tried, compare, confounders, grid_points, seeds_of
+from lmworks.prove.recipe import Arm, Proof, arm_table
 from tests.train import toy
 
 
@@ -107,6 +107,19 @@ def test_tuning_takes_the_best_point_and_a_point_that_explodes_is_only_a_bad_one
     assert lion.chosen == min(lion.tried, key=lambda tried: tried.value).point
     assert lion.table["optimizer"]["lr"] == lion.chosen["optimizer.lr"]
     assert lion.table["steps"] == 6
+
+
+def test_a_grid_in_turn_tries_each_setting_at_the_best_of_those_before() -> None:
+    grid = {"lr": [1.0, 2.0, 3.0], "decay": [0.1, 0.2], "beta": [0.9]}
+    arm = Arm(name="a", set={"decay": 0.2}, grid=grid)
+    first = grid_points(arm, "in-turn", 0, [])
+    assert first == [{"lr": lr, "decay": 0.2, "beta": 0.9} for lr in (1.0, 2.0, 3.0)]
+    tried = [Tried(point=point, value=value) for point, value in zip(first, (5.0, 4.0, 6.0), strict=True)]
+    second = grid_points(arm, "in-turn", 1, tried)
+    assert second == [{"lr": 2.0, "decay": 0.1, "beta": 0.9}], "0.2 was tried in the first round"
+    assert grid_points(arm, "in-turn", 2, tried) == []
+    assert grid_points(arm, "in-turn", 3, tried) == []
+    assert len(grid_points(arm, "product", 0, [])) == 6
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ class Cost:
     forward_flops_per_token: float = 0.0
     """FLOPs of one forward pass per token, head included, causal attention counted at half of the square."""
     activation_bytes_per_token: float = 0.0
-    """Bytes kept for the backward pass per token at the compute precision, without recomputation."""
+    """Bytes that the blocks keep for the backward pass per token at the compute precision, without recomputation."""
     cache_bytes_per_token: float = 0.0
     """Bytes of key/value cache per token of a context of that length at the compute precision."""
 

@@ -130,13 +130,14 @@ class DecoderConfig:
             yield "head.weight", (self.vocab_size or 0, width)
 
     def saved_values_per_token(self, block: BlockSizes) -> int:
-        """Values one block keeps per token: the inputs of its norms, products and kernels.
+        """Values one block keeps per token, attention's scores apart: what its norms, products and kernels were given.
 
-        Input and output of each norm, q, k, v, the mixed heads, gate and up, and their product.
+        Input, output and scale of each norm; q, k, v and the mixed heads; gate, silu(gate), up, and their product.
         """
         norms = 1 if self.parallel_block else 2
         query, keys = block.n_heads * block.head_dim, block.n_kv_heads * block.head_dim
-        return 2 * norms * self.hidden_size + 2 * query + 2 * keys + 3 * block.ffn_size
+        normed = query + keys + block.n_heads + block.n_kv_heads if self.qk_norm else 0
+        return norms * (2 * self.hidden_size + 1) + 2 * query + 2 * keys + normed + 4 * block.ffn_size
 
     def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
         """Parameters, FLOPs and bytes of this shape at `sequence` tokens, without building it."""

@@ -91,8 +91,8 @@ class GPT2Config:
             yield "head.weight", (self.vocab_size or 0, self.hidden_size)
 
     def saved_values_per_token(self, block: BlockSizes) -> int:
-        """Values one block keeps per token: norm inputs and outputs, q, k, v, mixed heads, GELU's input and output."""
-        return shape.biased_saved_values(self.hidden_size, block)
+        """Values one block keeps per token, attention's scores apart."""
+        return shape.biased_saved_values(self.hidden_size, block, norm_inputs=2)
 
     def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
         """Parameters, FLOPs and bytes of this shape at `sequence` tokens, without building it."""

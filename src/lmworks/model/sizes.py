@@ -13,6 +13,7 @@ from typing import Protocol
 
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem, RecipeError
+from lmworks.model.tiles import kept_scores
 
 PerBlock = int | tuple[int, ...]
 """One size for all blocks, or one per block."""
@@ -60,7 +61,7 @@ class Shape(Protocol):
         """Name and shape of every parameter, in the order of the forward pass; a tied head is not listed."""
 
     def saved_values_per_token(self, block: BlockSizes) -> int:
-        """Values one block keeps per token for the backward pass."""
+        """Values one block keeps per token for the backward pass, attention's scores apart."""
 
 
 def spread(value: PerBlock, n_layers: int, name: str, problems: list[Problem]) -> tuple[int, ...]:
@@ -147,6 +148,10 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
     + 4 x N x h x (mean number of keys a token sees) for the two products of attention. A causal token at place t of
     T sees t + 1 keys, (T + 1) / 2 on average; with a window w it sees min(t + 1, w). A block with a window caches the
     keys of w tokens at most: w / T of one without, per token.
+
+    Activations are those that the blocks keep in eager mode on a CPU, to the value in float32. In bfloat16 the scales
+    of norms are float32, and a cast of every matrix comes on top, once a forward pass. Fused kernels of a GPU and
+    compiled blocks keep other values.
     """
     if config.vocab_size is None:
         raise RecipeError(
@@ -167,7 +172,10 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
     attention = sum(
         4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in config.blocks()
     )
-    saved = sum(config.saved_values_per_token(block) for block in config.blocks())
+    saved = sum(
+        config.saved_values_per_token(block) + block.n_heads * saved_scores(sequence, block.window)
+        for block in config.blocks()
+    )
     cached = sum(
         2 * block.n_kv_heads * block.head_dim * min(1.0, (block.window or sequence) / sequence)
         for block in config.blocks()
@@ -218,7 +226,16 @@ def biased_block_shapes(prefix: str, width: int, sizes: BlockSizes) -> Iterator[
                 yield f"{prefix}.{name}.bias", matrix[:1]
 
 
-def biased_saved_values(width: int, block: BlockSizes) -> int:
-    """Values a GPT-2 or GPT-NeoX block keeps per token: norm inputs and outputs, heads, GELU's input and output."""
+def biased_saved_values(width: int, block: BlockSizes, *, norm_inputs: int) -> int:
+    """Values a GPT-2 or GPT-NeoX block keeps per token, attention's scores apart.
+
+    The two norms' inputs (one where they share it), outputs, means and scales; q, k, v, mixed heads; GELU's input and
+    output.
+    """
     query, keys = block.n_heads * block.head_dim, block.n_kv_heads * block.head_dim
-    return 4 * width + 2 * query + 2 * keys + 2 * block.ffn_size
+    return (norm_inputs + 2) * width + 4 + 2 * query + 2 * keys + 2 * block.ffn_size
+
+
+def saved_scores(sequence: int, window: int | None) -> float:
+    """Values that attention keeps per token and head: the scores of its tiles, or one log-sum-exp in a fused kernel."""
+    return kept_scores(sequence, window) / sequence or 1.0

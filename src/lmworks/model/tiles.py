@@ -76,6 +76,15 @@ def tiles_for(lowest_BT: Tensor, *, alike: bool, dtype: torch.dtype) -> tuple[Ti
     return tuple(tiles)
 
 
+def kept_scores(length: int, window: int | None) -> int:
+    """Scores that the tiles of one causal row keep for the backward pass, per head; 0 where tiles are not used."""
+    kept = 0
+    for start in range(0, length, TILE):
+        stop = min(start + TILE, length)
+        kept += (stop - start) * (stop - (0 if window is None else max(0, start - window + 1)))
+    return kept if kept <= MOST_KEYS * length else 0
+
+
 def _triangle(width: int, dtype: torch.dtype) -> Tensor:
     """(width, 1, width) causal mask of a tile that sees one document and no edge of a window."""
     return torch.full((width, width), -torch.inf, dtype=dtype).triu_(1)[:, None]

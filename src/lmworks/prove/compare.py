@@ -152,13 +152,13 @@ class _Work:
 
     def tune(self, arms: Mapping[str, ArmResult]) -> None:
         """Search the arms' grids, each round of all arms together."""
-        for rounds in itertools.count():
+        search = self.proof.tuning.search
+        longest = max(len(result.arm.grid) for result in arms.values())
+        for rounds in range(longest if search == "in-turn" else min(longest, 1)):
             asked: dict[str, tuple[ArmResult, Table]] = {}
             for name, result in arms.items():
-                for i, point in enumerate(self._points(result, rounds)):
+                for i, point in enumerate(grid_points(result.arm, search, rounds, result.tried)):
                     asked[f"tune-{name}-{rounds}-{i}"] = (result, point)
-            if not asked:
-                break
             runs = self._run("tuning", {job: self._tuning_table(*pair) for job, pair in asked.items()})
             for job, (result, point) in asked.items():
                 result.tried.append(Tried(point=point, value=_metric(runs[job], self.proof.metric)))
@@ -167,24 +167,11 @@ class _Work:
         for result in arms.values():
             result.table = recipes.with_values(result.table, result.chosen)
 
-    def _points(self, result: ArmResult, rounds: int) -> list[Table]:
-        """The points of the grid that this round tries; none when the arm is done."""
-        grid = result.arm.grid
-        if self.proof.tuning.search == "product":
-            points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-            return points if grid and rounds == 0 else []
-        if rounds >= len(grid):
-            return []
-        path = list(grid)[rounds]
-        known = [tried.point for tried in result.tried]
-        points = [{**result.chosen, path: value} for value in grid[path]]
-        return [point for point in points if point not in known]
-
     def _choose(self, name: str, result: ArmResult) -> None:
         """Take the best point so far. Raises LmworksError when every point exploded."""
         if not result.tried:
             return
-        best = min(result.tried, key=lambda tried: tried.value)
+        best = best_of(result.tried)
         if math.isinf(best.value):
             raise LmworksError(f"every point of arm '{name}' exploded", next_step="give its grid smaller rates")
         result.chosen = dict(best.point)
@@ -227,6 +214,24 @@ class _Work:
         return {
             job.name: Measured.of(Path(job.arguments["folder"]), self.jobs.result(job.name)["failed"]) for job in jobs
         }
+
+
+def best_of(tried: Sequence[Tried]) -> Tried:
+    """The point with the lowest metric, the first of several."""
+    return min(tried, key=lambda one: one.value)
+
+
+def grid_points(arm: Arm, search: str, rounds: int, tried: Sequence[Tried]) -> list[Table]:
+    """The points of an arm's grid that a round of the search tries: those it has not tried before."""
+    grid = arm.grid
+    if search == "product":
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
+    if rounds >= len(grid):
+        return []
+    path = list(grid)[rounds]
+    base = best_of(tried).point if tried else {name: arm.set.get(name, values[0]) for name, values in grid.items()}
+    known = [one.point for one in tried]
+    return [point for value in grid[path] if (point := {**base, path: value}) not in known]
 
 
 def _metric(run: Measured, column: str) -> float:
