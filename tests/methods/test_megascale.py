@@ -236,26 +236,14 @@ TOGETHER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tokens")
-
-
 def learned(path: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock or the machine says."""
     keep = {"step", "tokens", "loss", "grad_norm", "val_loss", "lr"}
     return [{k: v for k, v in row.items() if k in keep or k.startswith("lamb/")} for row in rows(path)]
 
 
-def test_a_run_with_all_three_learns_and_a_resumed_one_is_the_same(
-    text: Path, tokens_folder: Path, tmp_path: Path
-) -> None:
-    made = toy.recipe(text, tokens_folder, **TOGETHER, steps=24)
+def test_a_run_with_all_three_learns_and_a_resumed_one_is_the_same(text: Path, cache: Path, tmp_path: Path) -> None:
+    made = toy.recipe(text, cache, **TOGETHER, steps=24)
     whole, _ = toy.train(made, tmp_path / "whole")
     steps = [row for row in rows(whole.metrics) if "loss" in row]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
@@ -274,11 +262,11 @@ def test_a_run_with_all_three_learns_and_a_resumed_one_is_the_same(
 
 
 @pytest.mark.parametrize("change", ["parallel_block", "sliding_window", "lamb"])
-def test_each_change_trains_on_its_own(change: str, text: Path, tokens_folder: Path, tmp_path: Path) -> None:
+def test_each_change_trains_on_its_own(change: str, text: Path, cache: Path, tmp_path: Path) -> None:
     over: dict[str, Any] = {"optimizer": TOGETHER["optimizer"]}
     if change != "lamb":
         over = {"model": {**MODEL, change: TOGETHER["model"][change]}}
-    folder, _ = toy.train(toy.recipe(text, tokens_folder, **over), tmp_path / "run")
+    folder, _ = toy.train(toy.recipe(text, cache, **over), tmp_path / "run")
     steps = [row["loss"] for row in rows(folder.metrics) if "loss" in row]
     assert steps[-1] < steps[0]
 

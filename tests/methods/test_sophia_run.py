@@ -24,16 +24,6 @@ from tests.train import toy
 KINDS = ["gauss-newton", "hutchinson"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tokens")
-
-
 def sophia(kind: str, **over: Any) -> dict[str, Any]:
     return {"use": "sophia", "lr": 1e-2, "estimator": kind, "every": 5, "share": 0.5, **over}
 

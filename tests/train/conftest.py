@@ -1,4 +1,4 @@
-"""What many tests of training read: a corpus, and a cache of its tokens."""
+"""What tests of training and of methods read: a corpus, and a cache of its tokens."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ def compare(
     if len(recipes) < 2:
         raise UsageError("a comparison needs two recipes", next_step="lmworks compare A.toml B.toml")
     names = _names(recipes)
-    changes = core_recipe.apply_sets({}, set_ or [])
+    changes = core_recipe.set_values(set_ or [])
     arms: list[Table] = [
-        {"name": name, "recipe": recipe, "set": _flat(changes)} for name, recipe in zip(names, recipes, strict=True)
+        {"name": name, "recipe": recipe, "set": changes} for name, recipe in zip(names, recipes, strict=True)
     ]
     table: Table = {
         "do": "prove",
@@ -59,12 +59,3 @@ def _names(recipes: list[str]) -> list[str]:
     """File names without folders and endings, made unique by a number."""
     stems = [Path(recipe).stem for recipe in recipes]
     return [stem if stems.count(stem) == 1 else f"{stem}-{i + 1}" for i, stem in enumerate(stems)]
-
-
-def _flat(table: dict[str, object], before: str = "") -> dict[str, object]:
-    """A nested table as dotted paths."""
-    found: dict[str, object] = {}
-    for key, value in table.items():
-        path = f"{before}.{key}" if before else key
-        found |= _flat(value, path) if isinstance(value, dict) else {path: value}
-    return found

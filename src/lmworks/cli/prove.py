@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lmworks.cli.console import answer, clock, say, table
 
 if TYPE_CHECKING:
     from lmworks.prove.recipe import Proof
@@ -48,7 +51,6 @@ def prove(
         return
     content = run_proof(proof, out or Path("runs") / f"prove-{Path(name).stem}", as_json=as_json)
     if save:
-        from lmworks.cli.console import say
         from lmworks.prove.evidence import save as keep
 
         say(f"evidence: {keep(content)}")
@@ -69,7 +71,6 @@ def run_proof(proof: Proof, folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Compare, write the report, and show what was found; the comparison as JSON values."""
     import dataclasses
 
-    from lmworks.cli.console import answer, say
     from lmworks.prove import report
     from lmworks.prove.compare import compare
     from lmworks.prove.evidence import content_of
@@ -88,7 +89,6 @@ def run_proof(proof: Proof, folder: Path, *, as_json: bool) -> dict[str, Any]:
 
 
 def _text(content: dict[str, Any]) -> str:
-    from lmworks.cli.console import table
     from lmworks.prove import report
 
     lines = [table(report.arm_rows(content), header=report.ARM_HEADER), ""]
@@ -110,19 +110,11 @@ class Stages:
 
     def stage(self, name: str, jobs: int) -> None:
         """A stage begins."""
-        import time
-
-        from lmworks.cli.console import say
-
         self._left, self._done, self._begun = jobs, 0, time.monotonic()
         say(f"{name}: {jobs} to do" if jobs else f"{name}: all done")
 
     def job(self, name: str, event: str) -> None:
         """A job begins or ends."""
-        import time
-
-        from lmworks.cli.console import clock, say
-
         if event == "started":
             return
         self._done += 1

@@ -115,33 +115,38 @@ def _names_another(over: Table, under: Table) -> bool:
 
 def apply_sets(table: Table, sets: Sequence[str]) -> Table:
     """The table with each 'a.b.0.c=value' written into it. A value is TOML; a bare word is a string."""
-    problems: list[Problem] = []
+    values, problems = _parsed(sets)
+    return with_values(table, values, source="--set", problems=problems)
+
+
+def set_values(sets: Sequence[str]) -> Table:
+    """The dotted path and the value of each 'a.b.0.c=value'."""
+    values, problems = _parsed(sets)
+    if problems:
+        raise RecipeError(problems, source="--set")
+    return values
+
+
+def with_values(table: Table, values: Table, *, source: str = "recipe", problems: Sequence[Problem] = ()) -> Table:
+    """The table with each value written at its dotted path. Raises RecipeError with `problems` and its own."""
+    found = list(problems)
+    for path, value in values.items():
+        table = _with(table, path.split("."), value, path, found)
+    if found:
+        raise RecipeError(found, source=source)
+    return table
+
+
+def _parsed(sets: Sequence[str]) -> tuple[Table, list[Problem]]:
     values: Table = {}
+    problems: list[Problem] = []
     for item in sets:
         path, equals, text = item.partition("=")
         if not equals or not path.strip():
             problems.append(Problem(path=item, text="--set takes PATH=VALUE, as in --set optimizer.lr=1e-3"))
-            continue
-        values[path.strip()] = _value(text.strip())
-    table = _with_all(table, values, problems)
-    if problems:
-        raise RecipeError(problems, source="--set")
-    return table
-
-
-def with_values(table: Table, values: Table, *, source: str = "recipe") -> Table:
-    """The table with each value written at its dotted path, as `--set` writes it."""
-    problems: list[Problem] = []
-    table = _with_all(table, values, problems)
-    if problems:
-        raise RecipeError(problems, source=source)
-    return table
-
-
-def _with_all(table: Table, values: Table, problems: list[Problem]) -> Table:
-    for path, value in values.items():
-        table = _with(table, path.split("."), value, path, problems)
-    return table
+        else:
+            values[path.strip()] = _value(text.strip())
+    return values, problems
 
 
 def load(name: str | Path, *, verb: str | None = None, sets: Sequence[str] = ()) -> Any:

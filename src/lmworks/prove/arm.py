@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmworks.core import recipe as recipes
-from lmworks.core.errors import NonFinite, Stopped
+from lmworks.core.errors import NonFinite
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
 from lmworks.train.loop import run
@@ -48,8 +48,6 @@ def train_arm(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
         run(decoded, Path(folder), resume="auto", report=Quiet())
     except NonFinite as error:
         return {"failed": error.what}
-    except Stopped:
-        raise
     return {"failed": None}
 
 
@@ -82,12 +80,11 @@ class Measured:
 
     def curve(self, column: str, axis: str) -> list[tuple[float, float]]:
         """(place on the axis, value) for every row that has the column."""
-        key = f"at/{'step' if axis == 'steps' else axis}"
-        return [(float(row[key]), float(row[column])) for row in self.rows if column in row]
+        return [(float(row[_place(axis)]), float(row[column])) for row in self.rows if column in row]
 
     def spent(self, axis: str) -> float:
         """The whole run's steps, tokens, FLOPs, seconds or joules."""
-        return float(self.rows[-1][f"at/{'step' if axis == 'steps' else axis}"]) if self.rows else 0.0
+        return float(self.rows[-1][_place(axis)]) if self.rows else 0.0
 
     def take(self, column: str, what: str) -> float:
         """The last, mean, least or greatest value of a column; infinite when the run exploded, nan without values."""
@@ -97,6 +94,11 @@ class Measured:
         if not values:
             return math.nan
         return {"last": values[-1], "mean": sum(values) / len(values), "min": min(values), "max": max(values)}[what]
+
+
+def _place(axis: str) -> str:
+    """The column that holds a row's place on an axis."""
+    return f"at/{'step' if axis == 'steps' else axis}"
 
 
 def reach(curve: Sequence[tuple[float, float]], target: float, budget: float) -> float:

@@ -32,8 +32,6 @@ def cost_of_step(axis: Axis, decoded: Any, trial: Measured | None) -> float:
 
     Raises LmworksError when this machine cannot tell: joules need a counter of energy.
     """
-    if axis == "steps":
-        return 1.0
     if axis == "tokens":
         return float(decoded.batch_size * decoded.data.sequence_length)
     assert trial is not None, "an axis that is measured has trials"

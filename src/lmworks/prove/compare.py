@@ -87,10 +87,10 @@ def compare(proof: Proof, folder: Path, told: Told) -> Comparison:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "proof.toml", recipes.dump(proof))
     work = _Work(proof, folder, told)
-    costs = work.costs(tables, decoded)
-    steps = equal_steps(costs, proof.baseline, decoded[proof.baseline].steps)
     if proof.axis == "steps":
         steps = {name: one.steps for name, one in decoded.items()}
+    else:
+        steps = equal_steps(work.costs(tables, decoded), proof.baseline, decoded[proof.baseline].steps)
     arms = {
         arm.name: ArmResult(arm=arm, table={**tables[arm.name], "steps": steps[arm.name]}, steps=steps[arm.name])
         for arm in proof.arms
@@ -159,7 +159,8 @@ class _Work:
             for name, result in arms.items():
                 for i, point in enumerate(grid_points(result.arm, search, rounds, result.tried)):
                     asked[f"tune-{name}-{rounds}-{i}"] = (result, point)
-            runs = self._run("tuning", {job: self._tuning_table(*pair) for job, pair in asked.items()})
+            base = arms[self.proof.baseline].steps
+            runs = self._run("tuning", {job: self._tuning_table(*pair, base) for job, pair in asked.items()})
             for job, (result, point) in asked.items():
                 result.tried.append(Tried(point=point, value=_metric(runs[job], self.proof.metric)))
             for name, result in arms.items():
@@ -176,18 +177,13 @@ class _Work:
             raise LmworksError(f"every point of arm '{name}' exploded", next_step="give its grid smaller rates")
         result.chosen = dict(best.point)
 
-    def _tuning_table(self, result: ArmResult, point: Table) -> Table:
+    def _tuning_table(self, result: ArmResult, point: Table, base: int) -> Table:
+        """The arm's recipe at a point of its grid; as long, beside a tuning run of `base` steps, as its budget says."""
         tuning = self.proof.tuning
-        base = self._baseline_steps
         steps = result.steps if tuning.steps is None else max(1, round(tuning.steps * result.steps / base))
         table = {**result.table, "checkpoints": {}, "samples": {}, "sinks": [], "steps": steps, "seed": tuning.seed}
         validation = {key: value for key, value in result.table.get("validation", {}).items() if key != "every"}
         return recipes.with_values({**table, "validation": validation}, point)
-
-    @property
-    def _baseline_steps(self) -> int:
-        table = arm_table(self.proof, self.proof.arm(self.proof.baseline))
-        return int(table["steps"])
 
     def train(self, arms: Mapping[str, ArmResult]) -> None:
         """One run for each arm and seed, seeds outermost: a comparison cut short has whole pairs."""

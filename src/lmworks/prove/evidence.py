@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # lmworks methods reads evidence without loading torch
     from lmworks.prove.compare import ArmResult, Comparison
 
 FORMAT = 1
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,14 @@ class Evidence:
 
 def evidence_folder() -> Path:
     """Where evidence of proofs lies: inside the wheel, or in a checkout's benchmarks/evidence/proofs."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "evidence"
-    return inside if inside.is_dir() else package.parents[1] / "benchmarks" / "evidence" / "proofs"
+    inside = PACKAGE / "evidence"
+    return inside if inside.is_dir() else PACKAGE.parents[1] / "benchmarks" / "evidence" / "proofs"
+
+
+def page_file(module: str) -> Path:
+    """The file of a method's module whose docstring is its page."""
+    place = PACKAGE.joinpath(*module.split("."))
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
 def proof_file(method: str) -> Path:
@@ -83,10 +89,9 @@ def fingerprints(method: str) -> dict[str, str]:
     found: dict[str, str] = {}
     module = METHODS[method].module if method in METHODS else None
     if module is not None:
-        package = Path(__file__).resolve().parents[1]
-        place = package.joinpath(*module.split("."))
-        sources = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        found |= {f"src/lmworks/{p.relative_to(package)}": files.sha256_of(p) for p in sources if p.is_file()}
+        page = page_file(module)
+        sources = sorted(page.parent.rglob("*.py")) if page.name == "__init__.py" else [page]
+        found |= {f"src/lmworks/{p.relative_to(PACKAGE)}": files.sha256_of(p) for p in sources if p.is_file()}
     path = proof_file(method)
     if path.is_file():
         found[f"recipes/proofs/{method}.toml"] = files.sha256_of(path)

@@ -12,7 +12,7 @@ from typing import Any
 from lmworks.core import catalogue
 from lmworks.core.errors import UsageError, did_you_mean
 from lmworks.core.papers import METHODS, Method
-from lmworks.prove.evidence import Evidence, evidence_of, proof_file
+from lmworks.prove.evidence import Evidence, evidence_of, page_file, proof_file
 
 HEADINGS = ("What it does", "How it works", "When to use it", "Differences", "Limits")
 """Every page has these, in this order."""
@@ -80,8 +80,7 @@ def source_file(method: Method) -> Path:
     """The file whose docstring is the method's page. Raises UsageError for a planned one."""
     if method.module is None:
         raise UsageError(f"'{method.title}' is planned: it has no page yet")
-    place = Path(__file__).resolve().parents[1].joinpath(*method.module.split("."))
-    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return page_file(method.module)
 
 
 def page(method: Method) -> str:

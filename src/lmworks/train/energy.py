@@ -18,6 +18,8 @@ class Meter:
             zone for zone in packages if zone.name.count(":") == 1
         ]  # not their cores, which are part of them
         self._last = self._read()
+        counted = self._zones if self._last is not None else []
+        self._wholes = [int((zone / "max_energy_range_uj").read_text()) + 1 for zone in counted]
 
     def joules(self) -> float | None:
         """Since the last reading; None when there is no counter, or none that this user may read."""
@@ -25,8 +27,7 @@ class Meter:
         if now is None or self._last is None:
             return None
         spent = 0
-        for zone, before, after in zip(self._zones, self._last, now, strict=True):
-            whole = int((zone / "max_energy_range_uj").read_text()) + 1
+        for whole, before, after in zip(self._wholes, self._last, now, strict=True):
             spent += (after - before) % whole  # the counter starts again at 0
         self._last = now
         return spent / 1e6

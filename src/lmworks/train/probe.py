@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmworks.data.load import Batch
 from lmworks.model import ops
 from lmworks.model.backbone import Backbone
-from lmworks.train.slots import Objective
+from lmworks.train.slots import Objective, combined, divisors
 
 
 class Probe:
@@ -64,13 +64,13 @@ class Probe:
 
     def gradients(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
         """Gradient of the objective's mean over `batch`, for the given parameters, micro-batch by micro-batch."""
-        found: tuple[Tensor, ...] | None = None
-        for loss, micro in self._losses(batch):
-            parts = torch.autograd.grad(loss, list(parameters))
-            found = parts if found is None else tuple(a.add_(b) for a, b in zip(found, parts, strict=True))
-            self.book(micro.tokens_BT.numel(), 3)
-        assert found is not None, "a batch has at least one row"
-        return found
+
+        def each() -> Iterator[tuple[Tensor, ...]]:
+            for loss, micro in self._losses(batch):
+                yield torch.autograd.grad(loss, list(parameters))
+                self.book(micro.tokens_BT.numel(), 3)
+
+        return _added(each())
 
     def sampled(self, batch: Batch) -> Batch:
         """The batch with each counted target drawn from the model's own distribution, micro-batch by micro-batch."""
@@ -87,23 +87,22 @@ class Probe:
 
         The forward pass runs in the plain forms of the model's operations, which can be differentiated twice.
         """
-        found: tuple[Tensor, ...] | None = None
-        with twice_differentiable():
+
+        def each() -> Iterator[tuple[Tensor, ...]]:
             for loss, micro in self._losses(batch):
                 first = torch.autograd.grad(loss, list(parameters), create_graph=True)
                 slope = torch.stack([(g * v).sum() for g, v in zip(first, vectors, strict=True)]).sum()
-                parts = torch.autograd.grad(slope, list(parameters), materialize_grads=True)  # linear ones: zero
-                found = parts if found is None else tuple(a.add_(b) for a, b in zip(found, parts, strict=True))
+                yield torch.autograd.grad(slope, list(parameters), materialize_grads=True)  # linear ones: zero
                 self.book(micro.tokens_BT.numel(), 9)  # a backward pass costs two, and is itself gone through backward
-        assert found is not None, "a batch has at least one row"
-        return found
+
+        with twice_differentiable():
+            return _added(each())
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
         """The loss of each micro-batch, divided by the counts of the whole batch: their sum is the batch's mean."""
-        counts = {name: count.clamp(min=1) for name, count in self.objective.count(batch).items()}
+        counts = divisors(self.objective, batch)
         for micro in batch.split(self.micro_rows or batch.rows):
-            parts = self.objective.loss(self.model, micro)
-            yield torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum(), micro
+            yield combined(self.objective.loss(self.model, micro), counts), micro
 
     def state(self) -> dict[str, Tensor]:
         """The generator's state."""
@@ -112,6 +111,14 @@ class Probe:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` gave."""
         self.generator.set_state(state["generator"])
+
+
+def _added(parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The sum over micro-batches, in the memory of the first; there is at least one."""
+    found = next(parts)
+    for more in parts:
+        found = tuple(a.add_(b) for a, b in zip(found, more, strict=True))
+    return found
 
 
 @contextmanager

@@ -89,6 +89,16 @@ class Objective(ABC):
         raise NotImplementedError(f"{type(self).__name__} predicts no distribution")
 
 
+def divisors(objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """What each component is divided by over the whole batch: its count, and 1 where nothing counts."""
+    return {name: count.clamp(min=1) for name, count in objective.count(batch).items()}
+
+
+def combined(parts: Mapping[str, Component], counts: Mapping[str, Tensor]) -> Tensor:
+    """The loss: the sum over components of weight * total / count; a scalar."""
+    return torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum()
+
+
 class Selector(ABC):
     """Which rows of a draw are trained on."""
 

@@ -15,7 +15,7 @@ from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.head import IGNORE
 from lmworks.train.probe import Probe
-from lmworks.train.slots import Gradient, Objective, Selector, Source, Update
+from lmworks.train.slots import Gradient, Objective, Selector, Source, Update, combined, divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Step:
         drawn = self.source.draw(self.selector.candidates(self.rows)).to(self.device)
         batch = self.selector.select(drawn, self.rows, self.probe)
         self.probe.batch = batch
-        counts = {name: count.clamp(min=1) for name, count in self.objective.count(batch).items()}
+        counts = divisors(self.objective, batch)
         self.update.zero_grad()
         with ExitStack() as stack:
             for stage in self.gradient:
@@ -98,7 +98,7 @@ def accumulate(
     total: Tensor | None = None
     for micro in micro_batches:
         parts = objective.loss(model, micro)
-        loss = torch.stack([part.total * part.weight / counts[name] for name, part in parts.items()]).sum()
+        loss = combined(parts, counts)
         torch.autograd.backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step has at least one micro-batch"
