@@ -42,9 +42,9 @@ work of the estimate divided by the step's own, which is in `flops` as well.
 - `lr` is the largest step of a coordinate. Start slightly below AdamW's rate, or 3 to 5 times Lion's; for GPT-2 sizes
   at AdamW's. The authors' rates: 6e-4 (125M), 7e-4 (355M), 3e-4 (770M), against 6e-4, 3e-4, 2e-4 for AdamW.
 - `weight_decay` about twice AdamW's; the authors take 0.2.
-- `gamma`: watch `sophia/win_rate`. It should peak early, then stay in 0.1 to 0.5; a larger gamma raises it. The authors
-  take 0.05, 0.08, 0.05 for the sizes above, 0.01 for hutchinson, with 0.5M tokens a batch. Noise in m falls with the
-  root of a batch's tokens, so small batches want more. Nothing is published for models below 30M.
+- `gamma`: watch `sophia/win_rate`. It should peak early, then stay in 0.1 to 0.5; a larger gamma raises it (hutchinson:
+  up to the share of h > 0). The authors take 0.05, 0.08, 0.05 for the sizes above, 0.01 for hutchinson, with 0.5M
+  tokens a batch. Noise in m falls with the root of those, so small batches want more. Below 30M none is published.
 - `watchers = [{ use = "sophia-health" }]` says so when win_rate has been outside 0.05 to 0.6 for 500 steps.
 - When the loss blows up: lower lr a little, or raise gamma.
 
