@@ -54,6 +54,23 @@ def test_an_index_is_removed_by_zeroing_its_readers_alone(family: str, kind: str
         torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
 
 
+def test_the_width_of_a_shared_expert_is_an_axis_of_its_own() -> None:
+    model = built("deepseek-experts")
+    shared, routed = axis(model, "S.1"), axis(model, "F.1")
+    assert (shared.size, routed.size, axis(model, "E.1").size, axis(model, "F.0").size) == (10, 8, 6, 40)
+    assert {use.tensor for use in shared.uses}.isdisjoint({use.tensor for use in routed.uses})
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        for use in shared.uses:
+            if use.role == "read":
+                model.get_parameter(use.tensor).index_fill_(use.dim, torch.tensor([0]), 0.0)
+        before = model(tokens)
+        for use in shared.uses:
+            if use.role == "write":
+                model.get_parameter(use.tensor).index_fill_(use.dim, torch.tensor([0]), 3.0)
+        torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
+
+
 def test_tied_tables_have_both_roles_and_one_storage() -> None:
     model = built("tied")
     roles = {use.tensor: use.role for use in axes(model)["D"].uses}

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmworks.core import catalogue
 from lmworks.core.errors import RecipeError
 from lmworks.core.recipe import recipes_folder
-from lmworks.model.decoder import DecoderConfig
+from lmworks.model import ops
+from lmworks.model.decoder import DecoderConfig, Experts
 from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.init import initialise
 from lmworks.model.neox import NeoXConfig
-from lmworks.model.sizes import mean_keys
+from lmworks.model.sizes import forward_share, mean_keys
 
 FILES = sorted((recipes_folder() / "sizes").glob("*.toml"))
 SPARE = 2**31
@@ -109,6 +110,39 @@ def test_forward_flops_are_those_that_torch_counts(family: str) -> None:
     assert cost.train_flops_per_token == 3 * cost.forward_flops_per_token
 
 
+def test_forward_flops_of_experts_are_those_that_torch_counts() -> None:
+    config = DecoderConfig(
+        vocab_size=257,
+        n_layers=3,
+        hidden_size=32,
+        n_heads=4,
+        ffn_size=48,
+        experts=Experts(count=6, top_k=2, size=16, shared_size=24, first_dense=1),
+    )
+    length, model = 16, config.build()
+    initialise(model, 0)
+    by_formula = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # torch counts no kernel of a CPU
+    with ops.plain_forms(), by_formula, FlopCounterMode(display=False) as counter:
+        model.logits(model(torch.zeros(2, length, dtype=torch.int64)))
+    counted = counter.get_total_flops() / (2 * length)
+    cost = config.cost(sequence=length)
+    square, seen = (3 * 4 * 32 * keys for keys in (length, (length + 1) / 2))
+    assert cost.forward_flops_per_token == pytest.approx(counted - square + seen, rel=1e-12)
+    assert cost.idle_parameters == 2 * (6 - 2) * 3 * 16 * 32
+    assert cost.active_parameters == cost.parameters - cost.idle_parameters
+    assert dataclasses.replace(config, experts=None).cost(sequence=length).idle_parameters == 0
+
+
+def test_the_share_of_the_last_blocks_counts_the_experts_that_run() -> None:
+    config = DecoderConfig(
+        vocab_size=64, n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, experts=Experts(count=8, top_k=2)
+    )
+    cost = config.cost(sequence=16)
+    assert forward_share(config, start=0, sequence=16) == pytest.approx(1.0)
+    half = (cost.forward_flops_per_token - 2 * 64 * 32) / 2
+    assert forward_share(config, start=1, sequence=16) == pytest.approx(1 - half / cost.forward_flops_per_token)
+
+
 @pytest.mark.parametrize(("length", "window"), [(7, None), (7, 1), (7, 3), (7, 7), (7, 9)])
 def test_mean_keys_counts_what_a_token_sees(length: int, window: int | None) -> None:
     seen = [min(t + 1, window or length) for t in range(length)]
@@ -131,6 +165,8 @@ def test_tied_head_is_counted_once_and_multiplies() -> None:
         ({"n_heads": 4, "head_dim": 7}, "use 8"),
         ({"n_heads": 4, "sliding_window_blocks": (0,)}, "has no effect without sliding_window"),
         ({"n_heads": 4, "sliding_window": 4, "sliding_window_blocks": (2,)}, "the last is 1"),
+        ({"n_heads": 4, "experts": {"count": 4, "top_k": 5}}, "of 4 experts; the most is 4"),
+        ({"n_heads": 4, "experts": {"count": 4, "first_dense": 2}}, "no block has experts. The most is 1"),
     ],
 )
 def test_bad_sizes_are_refused_with_the_nearest_legal_value(settings: dict[str, object], words: str) -> None:
@@ -156,6 +192,8 @@ KEPT = {
     "parallel block": DecoderConfig(n_layers=2, n_kv_heads=2, parallel_block=True, **SMALL),
     "q/k norms": DecoderConfig(n_layers=2, n_kv_heads=2, qk_norm=True, **SMALL),
     "window": DecoderConfig(n_layers=2, n_kv_heads=2, sliding_window=40, **SMALL),
+    "experts": DecoderConfig(n_layers=2, experts=Experts(count=6, top_k=2), **SMALL),
+    "shared expert": DecoderConfig(n_layers=2, experts=Experts(count=4, top_k=3, size=24, shared_size=16), **SMALL),
     "gpt2": GPT2Config(n_layers=2, max_position=2048, **SMALL),
     "neox": NeoXConfig(n_layers=2, **SMALL),
     "serial neox": NeoXConfig(n_layers=2, parallel_block=False, **SMALL),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lmworks.model.backbone import Backbone
-from lmworks.model.decoder import DecoderConfig
+from lmworks.model.decoder import DecoderConfig, Experts
 from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.init import initialise
 from lmworks.model.neox import NeoXConfig
@@ -40,6 +40,26 @@ CONFIGS: dict[str, DecoderConfig | GPT2Config | NeoXConfig] = {
         sliding_window_blocks=(0, 2),
         parallel_block=True,
         rope_scaling=RopeScaling(factor=4.0, original_max_position=16),
+    ),
+    "experts": DecoderConfig(
+        vocab_size=V,
+        n_layers=2,
+        hidden_size=24,
+        n_heads=4,
+        n_kv_heads=2,
+        ffn_size=(12, 20),
+        experts=Experts(count=5, top_k=2),
+    ),
+    "deepseek-experts": DecoderConfig(
+        vocab_size=V,
+        n_layers=2,
+        hidden_size=24,
+        n_heads=4,
+        n_kv_heads=2,
+        ffn_size=40,
+        experts=Experts(
+            count=6, top_k=3, size=8, shared_size=10, scoring="sigmoid", scale=1.5, bias_rate=0.01, first_dense=1
+        ),
     ),
     "gpt2": GPT2Config(vocab_size=V, n_layers=2, hidden_size=24, n_heads=4, ffn_size=(20, 12), max_position=64),
     "neox": NeoXConfig(vocab_size=V, n_layers=2, hidden_size=24, n_heads=2, ffn_size=20, rotary_pct=0.5),

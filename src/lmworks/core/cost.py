@@ -15,6 +15,8 @@ class Cost:
 
     parameters: int
     """Trainable values; a tied head is counted once."""
+    idle_parameters: int = 0
+    """The part of `parameters` that a token does not use: the experts that it did not choose."""
     embedding_parameters: int = 0
     """The part of `parameters` that is only looked up: token and position tables."""
     forward_flops_per_token: float = 0.0
@@ -23,6 +25,11 @@ class Cost:
     """Bytes that the blocks keep for the backward pass per token at the compute precision, without recomputation."""
     cache_bytes_per_token: float = 0.0
     """Bytes of key/value cache per token of a context of that length at the compute precision."""
+
+    @property
+    def active_parameters(self) -> int:
+        """Values that one token uses; all of them without experts."""
+        return self.parameters - self.idle_parameters
 
     @property
     def train_flops_per_token(self) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lmworks.model.cache import KVCache
 from lmworks.model.decoder import Block, Decoder, DecoderConfig
-from lmworks.model.layers import is_plain
+from lmworks.model.layers import SwiGLU, is_plain
 from lmworks.model.sizes import BlockSizes
 
 
@@ -118,7 +118,8 @@ def can_step(model: nn.Module) -> TypeGuard[Decoder]:
     if not isinstance(model, Decoder) or model.embed is None or model.norm is None:
         return False
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    return all(type(block) is Block for block in model.blocks.values()) and all(is_plain(layer) for layer in layers)
+    dense = all(type(block) is Block and type(block.ffn) is SwiGLU for block in model.blocks.values())
+    return dense and all(is_plain(layer) for layer in layers)
 
 
 def settle_cache(cache: KVCache) -> None:
@@ -135,6 +136,7 @@ def _norm(weight: Tensor) -> Tensor:
 def _weights(block: Block, dtype: torch.dtype, take: bool) -> _Weights:
     """Copy one block's weights, cast and joined."""
     attn, ffn = block.attn, block.ffn
+    assert isinstance(ffn, SwiGLU), "can_step was asked"
     projections = [attn.q_proj, attn.k_proj, attn.v_proj]
     biases = [layer.get_parameter("bias").detach().to(dtype) for layer in projections if "bias" in _names(layer)]
     return _Weights(

@@ -10,11 +10,13 @@ change of the rows of its gate_proj and up_proj and of the columns of its down_p
 | D    | residual stream     | embed, positions, o_proj, down_proj      | q, k, v, gate, up, head | norms              |
 | G.l  | key/value groups    | k, v: h rows each; q: R h rows           | o_proj: R h columns     | key/value cache    |
 | R.l  | query heads / group | q: h rows in every group                 | o_proj: h columns, same |                    |
-| F.l  | feed-forward width  | gate, up                                 | down                    |                    |
+| F.l  | feed-forward width  | gate, up; of every expert                | down; of every expert   |                    |
+| E.l  | experts             | router                                   | gate, up, down: dim 0   | expert_bias        |
+| S.l  | shared expert width | shared gate, up                          | shared down             |                    |
 | L    | blocks              | the block list itself                    |                         | sizes per block    |
 
-Biases go with the rows they are added to. head_dim (h) is never cut or grown: rotary pairs, the 1/sqrt(h) scale and
-q/k norms hang on it; asking for it is refused.
+The router reads D too. Biases go with the rows they are added to. head_dim (h) is never cut or grown: rotary pairs, the
+1/sqrt(h) scale and q/k norms hang on it; asking for it is refused.
 """
 
 from __future__ import annotations
@@ -87,6 +89,12 @@ def _rows(parameter: str, axis: str, inner: str = "", outer: str = "") -> _Row:
     return _Row(parameter=f"{parameter}.weight", dim=0, axis=axis, role="write", inner=inner, outer=outer)
 
 
+def _experts(parameter: str, rows: tuple[str, Role], columns: tuple[str, Role]) -> tuple[_Row, ...]:
+    """The matrices of all experts in one tensor: what its first dim is, its rows, and its columns."""
+    dims: tuple[tuple[str, Role], ...] = (("E", "read"), rows, columns)
+    return tuple(_Row(parameter=parameter, dim=dim, axis=axis, role=role) for dim, (axis, role) in enumerate(dims))
+
+
 GLOBAL: tuple[_Row, ...] = (
     _Row(parameter="embed.weight", dim=0, axis="V", role="write"),
     _Row(parameter="embed.weight", dim=1, axis="D", role="write"),
@@ -115,18 +123,26 @@ BLOCK: tuple[_Row, ...] = (
     *_matrix("ffn.gate_proj", (_rows("ffn.gate_proj", "F"),), ("D", "read")),
     *_matrix("ffn.up_proj", (_rows("ffn.up_proj", "F"),), ("D", "read")),
     *_matrix("ffn.down_proj", (_rows("ffn.down_proj", "D"),), ("F", "read")),
+    *_matrix("ffn.router", (_rows("ffn.router", "E"),), ("D", "read")),
+    _Row(parameter="ffn.router.expert_bias", dim=0, axis="E", role="ride"),
+    *_experts("ffn.experts.gate_proj", ("F", "write"), ("D", "read")),
+    *_experts("ffn.experts.up_proj", ("F", "write"), ("D", "read")),
+    *_experts("ffn.experts.down_proj", ("D", "write"), ("F", "read")),
+    *_matrix("ffn.shared.gate_proj", (_rows("ffn.shared.gate_proj", "S"),), ("D", "read")),
+    *_matrix("ffn.shared.up_proj", (_rows("ffn.shared.up_proj", "S"),), ("D", "read")),
+    *_matrix("ffn.shared.down_proj", (_rows("ffn.shared.down_proj", "D"),), ("S", "read")),
 )
-"""Parameters of a block, below `blocks.{l}.`; G, R and F are the block's own axes."""
+"""Parameters of a block, below `blocks.{l}.`; all axes but D are the block's own."""
 
 HEAD_DIM_ONLY = ("attn.q_norm.weight", "attn.k_norm.weight")
 """Parameters that run along h alone, which no operator changes."""
 
 
 def axes(model: Backbone) -> dict[str, Axis]:
-    """Every axis of a model by name: V, P, D, L, and G.l, R.l, F.l for each block l it holds.
+    """Every axis of a model by name: V, P, D, L, and G.l, R.l, F.l, E.l, S.l for each block l it holds.
 
-    Raises UsageError for a parameter that the table does not know (an adapter, a router): an operator that did not
-    see it would leave a model that no longer fits together.
+    Raises UsageError for a parameter that the table does not know (an adapter): an operator that did not see it would
+    leave a model that no longer fits together.
     """
     present = dict(model.named_parameters())
     known: set[str] = set()
@@ -201,4 +217,6 @@ def _sizes(model: Backbone) -> dict[str, int]:
         sizes[f"G.{index}"] = block.n_kv_heads
         sizes[f"R.{index}"] = block.n_heads // block.n_kv_heads
         sizes[f"F.{index}"] = block.ffn_size
+        sizes[f"E.{index}"] = block.experts
+        sizes[f"S.{index}"] = block.shared_size
     return sizes

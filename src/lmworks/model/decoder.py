@@ -3,15 +3,15 @@
     x = embed[tokens]                                              (B, T, D)
     for each block:
         x = x + attn(attn_norm(x))                                 grouped-query attention, rotary positions
-        x = x + ffn(ffn_norm(x))                                   down(silu(gate) * up)
+        x = x + ffn(ffn_norm(x))                                   down(silu(gate) * up), or several of them: `moe.py`
     hidden = norm(x)                                               (B, T, D); logits = hidden @ head^T
 
 With `parallel_block` a block is  n = attn_norm(x);  x = x + (attn(n) + ffn(n)):  one norm, one addition, no ffn_norm.
 
 Shapes: B batch, T sequence, K keys, V vocabulary, D hidden, L blocks, N query heads, G key/value heads, h head_dim,
-F FFN width. Sizes are per block: n_heads, n_kv_heads and ffn_size may be lists with one entry per block.
-It covers Llama 1-3, SmolLM2, Mistral (window), Qwen2 (qkv_bias) and Qwen3 (qk_norm). A family that does not fit has its
-own file (`gpt2.py`, `neox.py`).
+F FFN width, E experts. Sizes are per block: n_heads, n_kv_heads and ffn_size may be lists with one entry per block.
+It covers Llama 1-3, SmolLM2, Mistral (window), Qwen2 (qkv_bias), Qwen3 (qk_norm), and with `experts` Mixtral and
+Qwen3-MoE. A family that does not fit has its own file (`gpt2.py`, `neox.py`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem
-from lmworks.model import ops
 from lmworks.model import sizes as shape
 from lmworks.model.attention import Attention, Frame
 from lmworks.model.backbone import Backbone
 from lmworks.model.cache import BlockCache
-from lmworks.model.layers import Embedding, Linear, RMSNorm
+from lmworks.model.layers import Embedding, RMSNorm, SwiGLU
+from lmworks.model.moe import Experts, MoEFFN
 from lmworks.model.rotary import RopeScaling, Rotary
 from lmworks.model.sizes import BlockSizes
 
@@ -77,6 +77,8 @@ class DecoderConfig:
     """Blocks that use the window; left out = all of them."""
     parallel_block: bool = False
     """x + attn(n) + ffn(n) with n = attn_norm(x): both halves read one norm, and blocks have no ffn_norm."""
+    experts: Experts | None = None
+    """A mixture of experts in the place of the feed-forward layer."""
 
     def blocks(self) -> tuple[BlockSizes, ...]:
         """The sizes of every block. Raises RecipeError with everything that is wrong with them."""
@@ -109,11 +111,16 @@ class DecoderConfig:
         if blocks[0].head_dim % 2:
             text = f"is {blocks[0].head_dim}; rotary positions turn pairs, so use {blocks[0].head_dim + 1}"
             problems.append(Problem(path="head_dim", text=text))
+        if self.experts is not None:
+            problems += self.experts.problems(self.n_layers)
+            blocks = tuple(self.experts.in_block(index, sizes) for index, sizes in enumerate(blocks))
         return blocks, problems
 
     def check(self, recipe: object) -> Iterator[Problem]:
         """What is wrong with the settings as a whole."""
         yield from self._sizes()[1]
+        if self.experts is not None:
+            yield from self.experts.untrainable()
 
     def with_vocab(self, vocab_size: int) -> DecoderConfig:
         """The same shape for another vocabulary."""
@@ -137,7 +144,10 @@ class DecoderConfig:
         norms = 1 if self.parallel_block else 2
         query, keys = block.n_heads * block.head_dim, block.n_kv_heads * block.head_dim
         normed = query + keys + block.n_heads + block.n_kv_heads if self.qk_norm else 0
-        return norms * (2 * self.hidden_size + 1) + 2 * query + 2 * keys + normed + 4 * block.ffn_size
+        ffn = 4 * block.ffn_size
+        if self.experts is not None and block.experts:
+            ffn = self.experts.saved_values_per_token(self.hidden_size, block)
+        return norms * (2 * self.hidden_size + 1) + 2 * query + 2 * keys + normed + ffn
 
     def cost(self, *, sequence: int, bytes_per_value: int = 4) -> Cost:
         """Parameters, FLOPs and bytes of this shape at `sequence` tokens, without building it."""
@@ -173,24 +183,12 @@ def _block_shapes(prefix: str, config: DecoderConfig, sizes: BlockSizes) -> Iter
         yield f"{prefix}.attn.k_norm.weight", (head,)
     if not config.parallel_block:
         yield f"{prefix}.ffn_norm.weight", (width,)
+    if config.experts is not None and sizes.experts:
+        yield from config.experts.shapes(f"{prefix}.ffn", width, sizes)
+        return
     yield f"{prefix}.ffn.gate_proj.weight", (sizes.ffn_size, width)
     yield f"{prefix}.ffn.up_proj.weight", (sizes.ffn_size, width)
     yield f"{prefix}.ffn.down_proj.weight", (width, sizes.ffn_size)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), no biases."""
-
-    def __init__(self, width: int, ffn_size: int) -> None:
-        super().__init__()
-        self.gate_proj = Linear(width, ffn_size, bias=False)
-        self.up_proj = Linear(width, ffn_size, bias=False)
-        self.down_proj = Linear(ffn_size, width, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        result: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
-        return result
 
 
 class Block(nn.Module):
@@ -206,7 +204,11 @@ class Block(nn.Module):
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.ffn_norm = None if config.parallel_block else RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.ffn = SwiGLU(config.hidden_size, sizes.ffn_size)
+        self.ffn: SwiGLU | MoEFFN
+        if config.experts is not None and sizes.experts:
+            self.ffn = MoEFFN(config.hidden_size, sizes.ffn_size, config.experts)
+        else:
+            self.ffn = SwiGLU(config.hidden_size, sizes.ffn_size)
 
     def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""

@@ -4,9 +4,10 @@
 |------------------------------------|--------------------------------------------------------------------|
 | tables: embed, positions, head     | normal, std 0.02                                                   |
 | matrices of a block                | normal, std 1 / sqrt(fan_in)                                       |
+| experts, one matrix each           | as above; each expert has draws of its own                         |
 | those that write the residual      | as above, divided by sqrt(2 L): o_proj, down_proj                  |
 | norm weights                       | 1                                                                  |
-| biases                             | 0                                                                  |
+| biases, those of routers too       | 0                                                                  |
 """
 
 from __future__ import annotations
@@ -38,17 +39,25 @@ def initialise(model: Backbone, seed: int) -> None:
 
 def first_value(name: str, shape: tuple[int, ...], n_layers: int, seed: int) -> Tensor:
     """The first value of one parameter, float32 on the CPU; see the module's table."""
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
+    if len(shape) == 3:
+        return torch.stack([first_expert(name, shape[1:], n_layers, seed, expert) for expert in range(shape[0])])
     generator = torch.Generator().manual_seed(seed_for(seed, name))
     return torch.randn(shape, generator=generator).mul_(standard_deviation(name, shape, n_layers))
 
 
+def first_expert(name: str, shape: tuple[int, ...], n_layers: int, seed: int, expert: int) -> Tensor:
+    """The first value of one expert's matrix: the same for whoever holds it, and with whichever others."""
+    generator = torch.Generator().manual_seed(seed_for(seed, name, expert))
+    return torch.randn(shape, generator=generator).mul_(standard_deviation(name, shape, n_layers))
+
+
 def standard_deviation(name: str, shape: tuple[int, ...], n_layers: int) -> float:
-    """Of the first values of one matrix or table."""
+    """Of the first values of one matrix or table; fan_in is the last dim."""
     if not name.startswith("blocks."):
         return TABLE_STD
-    std = 1.0 / math.sqrt(shape[1])
-    return std / math.sqrt(2 * n_layers) if name.split(".")[-2] in RESIDUAL_WRITERS else std
+    std = 1.0 / math.sqrt(shape[-1])
+    return std / math.sqrt(2 * n_layers) if name.removesuffix(".weight").endswith(RESIDUAL_WRITERS) else std

@@ -85,6 +85,21 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, width: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, ffn_size, bias=False)
+        self.up_proj = Linear(width, ffn_size, bias=False)
+        self.down_proj = Linear(ffn_size, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        result: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return result
+
+
 class PlainFFN(nn.Module):
     """down(gelu(up(x))) with biases: the feed-forward layer of GPT-2 (tanh) and GPT-NeoX (exact)."""
 

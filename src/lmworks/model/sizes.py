@@ -30,9 +30,15 @@ class BlockSizes:
     head_dim: int
     """h: values per head."""
     ffn_size: int
-    """F: width of the feed-forward layer."""
+    """F: width of the feed-forward layer; of each expert, where the block has experts."""
     window: int | None = None
     """How many tokens a token sees, itself included; None = all before it."""
+    experts: int = 0
+    """E: experts; 0 = a dense block."""
+    top_k: int = 0
+    """K: experts that each token uses."""
+    shared_size: int = 0
+    """Width of the expert that every token uses besides; 0 = none."""
 
 
 class Shape(Protocol):
@@ -144,10 +150,10 @@ def refuse(problems: Sequence[Problem]) -> None:
 def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
     """Exact counts of a shape, with activations and cache held at `bytes_per_value` (4 = float32, 2 = bfloat16).
 
-    Forward FLOPs per token = 2 x (values of every matrix that multiplies: all 2-D block weights and the head)
-    + 4 x N x h x (mean number of keys a token sees) for the two products of attention. A causal token at place t of
-    T sees t + 1 keys, (T + 1) / 2 on average; with a window w it sees min(t + 1, w). A block with a window caches the
-    keys of w tokens at most: w / T of one without, per token.
+    Forward FLOPs per token = 2 x (values of every matrix that multiplies: all 2-D block weights, the experts that a
+    token uses, the head) + 4 x N x h x (mean number of keys a token sees) for the two products of attention. A causal
+    token at place t of T sees t + 1 keys, (T + 1) / 2 on average; with a window w it sees min(t + 1, w). A block with a
+    window caches the keys of w tokens at most: w / T of one without, per token.
 
     Activations are those that the blocks keep in eager mode on a CPU, to the value in float32. In bfloat16 the scales
     of norms are float32, and a cast of every matrix comes on top, once a forward pass. Fused kernels of a GPU and
@@ -159,29 +165,28 @@ def cost(config: Shape, *, sequence: int, bytes_per_value: int = 4) -> Cost:
             source="the model's settings",
         )
     tables = {"embed.weight", "positions.weight"}
-    parameters = matrices = looked_up = 0
+    blocks = config.blocks()
+    parameters = matrices = looked_up = idle = 0
     for name, shape in config.shapes():
         values = math.prod(shape)
         parameters += values
+        idle += values - active_values(name, shape, blocks)
         if name == "positions.weight" or (name == "embed.weight" and not config.tied):
             looked_up += values
-        if len(shape) == 2 and name not in tables:
-            matrices += values
+        if len(shape) >= 2 and name not in tables:
+            matrices += active_values(name, shape, blocks)
     if config.tied:
         matrices += config.vocab_size * config.hidden_size
-    attention = sum(
-        4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in config.blocks()
-    )
+    attention = sum(4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in blocks)
     saved = sum(
-        config.saved_values_per_token(block) + block.n_heads * saved_scores(sequence, block.window)
-        for block in config.blocks()
+        config.saved_values_per_token(block) + block.n_heads * saved_scores(sequence, block.window) for block in blocks
     )
     cached = sum(
-        2 * block.n_kv_heads * block.head_dim * min(1.0, (block.window or sequence) / sequence)
-        for block in config.blocks()
+        2 * block.n_kv_heads * block.head_dim * min(1.0, (block.window or sequence) / sequence) for block in blocks
     )
     return Cost(
         parameters=parameters,
+        idle_parameters=idle,
         embedding_parameters=looked_up,
         forward_flops_per_token=2.0 * matrices + attention,
         activation_bytes_per_token=float(saved * bytes_per_value),
@@ -194,9 +199,18 @@ def forward_share(config: Shape, *, start: int, sequence: int) -> float:
     blocks = config.blocks()
     prefixes = tuple(f"blocks.{index}." for index in range(start, len(blocks)))
     matrices = (config.vocab_size or 0) * config.hidden_size
-    matrices += sum(math.prod(s) for name, s in config.shapes() if len(s) == 2 and name.startswith(prefixes))
+    matrices += sum(
+        active_values(name, s, blocks) for name, s in config.shapes() if len(s) >= 2 and name.startswith(prefixes)
+    )
     attention = sum(4.0 * b.n_heads * b.head_dim * mean_keys(sequence, b.window) for b in blocks[start:])
     return (2.0 * matrices + attention) / cost(config, sequence=sequence).forward_flops_per_token
+
+
+def active_values(name: str, shape: tuple[int, ...], blocks: Sequence[BlockSizes]) -> int:
+    """Values of a parameter that one token uses: of experts, which are the 3-D ones, K of E."""
+    if len(shape) < 3:
+        return math.prod(shape)
+    return blocks[int(name.split(".")[1])].top_k * math.prod(shape[1:])
 
 
 def mean_keys(sequence: int, window: int | None) -> float:
