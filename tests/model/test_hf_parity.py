@@ -14,7 +14,7 @@ from torch import Tensor
 from lmworks.core.errors import ExportError
 from lmworks.model import hf
 from lmworks.model.backbone import Backbone
-from lmworks.model.decoder import DecoderConfig
+from lmworks.model.decoder import DecoderConfig, Experts
 from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.neox import NeoXConfig
 from lmworks.model.rotary import RopeScaling
@@ -73,6 +73,26 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_sliding_window": True,
             "sliding_window": 4,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "mixtral": ("MixtralConfig", SHAPE | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": (
+        "MixtralConfig",
+        SHAPE | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        SHAPE | {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    ),
+    "qwen3-moe-normalised": (
+        "Qwen3MoeConfig",
+        SHAPE
+        | {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "head_dim": 16,
         },
     ),
     "gpt2": ("GPT2Config", GPT2_SHAPE),
@@ -166,6 +186,11 @@ OURS = {
     "odd-width": replace(DECODER, hidden_size=36, n_heads=8, head_dim=8),
     "uneven-ffn": replace(DECODER, ffn_size=(48, 16, 33)),
     "uneven-heads": replace(DECODER, n_heads=(4, 2, 6), n_kv_heads=(2, 1, 3), head_dim=8, qkv_bias=True, qk_norm=True),
+    "experts": replace(DECODER, experts=Experts(count=4, top_k=2)),
+    "uneven-experts": replace(DECODER, ffn_size=(48, 16, 33), experts=Experts(count=3, top_k=3)),
+    "experts-behind-dense": replace(
+        DECODER, qk_norm=True, qkv_bias=True, ffn_size=(20, 48, 16), experts=Experts(count=4, top_k=1, first_dense=1)
+    ),
     "gpt2": GPT2Config(vocab_size=V, n_layers=2, hidden_size=32, n_heads=4, ffn_size=(48, 64), max_position=64),
     "gpt2-untied": GPT2Config(vocab_size=V, n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, tied=False),
     "neox": NeoXConfig(vocab_size=V, n_layers=2, hidden_size=32, n_heads=4, ffn_size=(48, 20)),
@@ -190,6 +215,9 @@ def test_transformers_reads_what_we_wrote_with_equal_logits(name: str, tmp_path:
         (replace(DECODER, parallel_block=True), "parallel_block"),
         (replace(DECODER, n_kv_heads=(2, 4, 2)), "query heads per key/value head"),
         (replace(OURS["gpt2"], n_kv_heads=2), "n_kv_heads"),
+        (replace(DECODER, experts=Experts(count=4, scoring="sigmoid")), "experts.scoring = softmax"),
+        (replace(DECODER, experts=Experts(count=4, shared_size=8, bias_rate=0.1)), "no experts.bias_rate"),
+        (replace(DECODER, experts=Experts(count=4, first_dense=1)), "or qk_norm, for qwen3_moe"),
     ],
 )
 def test_a_model_that_no_family_holds_is_refused_by_name(config: Any, word: str, tmp_path: Path) -> None:

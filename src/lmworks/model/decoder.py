@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt
@@ -220,6 +220,12 @@ class Block(nn.Module):
         x_BTD = x_BTD + mixed_BTD
         one_by_one: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
         return one_by_one
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module's, experts left out."""
+        if isinstance(self.ffn, MoEFFN):
+            self.ffn.stay_eager()
+        super().compile(*args, **kwargs)
 
 
 class Decoder(Backbone):

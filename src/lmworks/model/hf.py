@@ -4,7 +4,8 @@
     model = load(path)                the model, in the precisions asked for
     save(model, path, ...)            config.json, generation_config.json, safetensors, tokenizer files, README.md
 
-Families: Llama (SmolLM2 too), Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX; the tables are in hf_names.py.
+Families: Llama (SmolLM2 too), Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2, GPT-NeoX; the tables are in
+hf_names.py.
 """
 
 from __future__ import annotations
@@ -100,13 +101,16 @@ class Tensors(Mapping[str, Tensor]):
         self._check(config)
 
     def _name(self, ours: str) -> str:
-        name, _ = self._family.place(ours)
-        return name.removeprefix(self._family.prefix) if self._bare else name
+        return self._names(ours, ())[0]
+
+    def _names(self, ours: str, shape: tuple[int, ...]) -> list[str]:
+        names = self._family.stored_names(ours, shape)
+        return [name.removeprefix(self._family.prefix) for name in names] if self._bare else names
 
     def _check(self, config: Config) -> None:
         """Every parameter must be there, and every stored tensor must be a parameter or known to be none."""
         where = str(self._stored.folder)
-        wanted = {self._name(ours) for ours in self._shapes}
+        wanted = {name for ours, shape in self._shapes.items() for name in self._names(ours, shape)}
         missing = sorted(name for name in wanted if name not in self._stored)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -134,11 +138,13 @@ class Tensors(Mapping[str, Tensor]):
         place = self._family.place(ours)[1]
         words = ours.split(".")
         heads = self._heads[int(words[1])] if words[0] == "blocks" else 1
-        tensor = unpack(self._stored[self._name(ours)], place, self._family.fusion, heads)
+        names = self._names(ours, self._shapes[ours])
+        parts = [unpack(self._stored[name], place, self._family.fusion, heads) for name in names]
+        alike = all(part.shape == parts[0].shape for part in parts)
+        tensor = torch.stack(parts) if "{e}" in place.name and alike else parts[0]
         if tuple(tensor.shape) != self._shapes[ours]:
             raise CheckpointError(
-                f"{self._name(ours)} gives {ours} the shape {list(tensor.shape)}; "
-                f"config.json says {list(self._shapes[ours])}",
+                f"{names[0]} gives {ours} the shape {list(tensor.shape)}; config.json says {list(self._shapes[ours])}",
                 where=str(self._stored.folder),
             )
         return tensor

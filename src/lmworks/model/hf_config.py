@@ -11,6 +11,7 @@ from lmworks.core.errors import CheckpointError, did_you_mean
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.hf_names import FAMILIES, Family
+from lmworks.model.moe import Experts
 from lmworks.model.neox import NeoXConfig
 from lmworks.model.rotary import RopeScaling
 
@@ -81,6 +82,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),
 }
 """Keys that lmworks knows with these values only."""
+
+
+_GROUPS = {"mistral": 8, "mixtral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4}
+"""Key/value heads where the file does not say."""
 
 
 class Keys:
@@ -156,10 +161,10 @@ def config_of(table: Table, where: Path) -> tuple[Config, Family]:
 
 
 def _decoder(keys: Keys, name: str) -> DecoderConfig:
-    """Llama, Mistral, Qwen2 and Qwen3. Defaults are those of transformers, for keys that old files leave out."""
+    """All that are Llama-shaped. Defaults are those of transformers, for keys that old files leave out."""
     heads = keys.size("num_attention_heads")
     n_layers, hidden_size = keys.size("num_hidden_layers"), keys.size("hidden_size")
-    groups = keys.get("num_key_value_heads", {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(name))
+    groups = keys.get("num_key_value_heads", _GROUPS.get(name))
     keys.known("hidden_act", "silu", "silu", "swish")
     theta, scaling, _ = _rope(keys)
     window, blocks = _window(keys, name, n_layers)
@@ -177,18 +182,42 @@ def _decoder(keys: Keys, name: str) -> DecoderConfig:
         max_position=keys.get("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(name, 32768)),
         rope_theta=theta,
         rope_scaling=scaling,
-        qk_norm=name == "qwen3",
+        qk_norm=name in ("qwen3", "qwen3_moe"),
         qkv_bias=bias,
         sliding_window=window,
         sliding_window_blocks=blocks,
+        experts=_experts(keys, name, n_layers) if name in ("mixtral", "qwen3_moe") else None,
+    )
+
+
+def _experts(keys: Keys, name: str, n_layers: int) -> Experts:
+    """Mixtral has experts in every block, Qwen3-MoE may begin with dense ones."""
+    keys.known("output_router_logits", False, False, True)
+    aux = float(keys.get("router_aux_loss_coef", 0.001))
+    top_k = keys.get("num_experts_per_tok", 2 if name == "mixtral" else 8)
+    if name == "mixtral":
+        keys.get("router_jitter_noise")  # in training only
+        return Experts(count=keys.get("num_local_experts", 8), top_k=top_k, aux_loss=aux)
+    dense = keys.get("mlp_only_layers") or []
+    if sorted(dense) != list(range(len(dense))) or len(dense) >= n_layers:
+        raise keys.refused("mlp_only_layers", dense, "the first blocks, not all of them")
+    keys.known("decoder_sparse_step", 1, 1)
+    count = keys.get("num_experts", 128)
+    return Experts(
+        count=keys.get("num_local_experts", count),
+        top_k=top_k,
+        size=keys.get("moe_intermediate_size", 768),
+        normalise_top_k=bool(keys.known("norm_topk_prob", False, False, True)),
+        aux_loss=aux,
+        first_dense=len(dense),
     )
 
 
 def _window(keys: Keys, name: str, n_layers: int) -> tuple[int | None, tuple[int, ...] | None]:
     """The window and the blocks that have one (None = all of them)."""
     types = keys.get("layer_types")
-    if name == "mistral":
-        window = keys.get("sliding_window", 4096)
+    if name in ("mistral", "mixtral"):
+        window = keys.get("sliding_window", 4096 if name == "mistral" else None)
         wanted = "full_attention" if window is None else "sliding_attention"
         if types is not None and set(types) != {wanted}:
             raise keys.refused("layer_types", types, f"{wanted} in every block, as transformers runs it")
@@ -197,7 +226,7 @@ def _window(keys: Keys, name: str, n_layers: int) -> tuple[int | None, tuple[int
         if types is not None and set(types) != {"full_attention"}:
             raise keys.refused("layer_types", types, "full_attention in every block")
         return None, None
-    used = keys.known("use_sliding_window", False, False, True)
+    used = keys.known("use_sliding_window", False, False, name != "qwen3_moe")  # whose blocks all ignore layer_types
     window = keys.get("sliding_window", 4096) if used else None
     keys.get("sliding_window")
     first = keys.get("max_window_layers", 28)

@@ -43,14 +43,22 @@ class Family:
     """Endings of stored tensors that are no parameters (masks and tables of old versions)."""
 
     def place(self, ours: str) -> tuple[str, Place]:
-        """The full stored name of one of our parameters, and its place."""
+        """The full stored name of one of our parameters ({e} = expert, where it holds them all), and its place."""
         module, _, kind = ours.rpartition(".")
         words = module.split(".")
         block = words[1] if words[0] == "blocks" else ""
         if block:
             words[1] = "{i}"
+        if ".experts" in module:
+            place = self.places[".".join([*words, kind])]
+            return place.name.replace("{i}", block), place
         place = self.places[".".join(words)]
         return f"{place.name.replace('{i}', block)}.{kind}", place
+
+    def stored_names(self, ours: str, shape: tuple[int, ...]) -> list[str]:
+        """The full stored names of one of our parameters: one, or one for each expert."""
+        name, _ = self.place(ours)
+        return [name.replace("{e}", str(e)) for e in range(shape[0])] if "{e}" in name else [name]
 
 
 _LLAMA = {
@@ -99,8 +107,24 @@ _NEOX = {
 _ROTARY = (".rotary_emb.inv_freq",)
 
 
-def _llama_like(model_type: str, architecture: str) -> Family:
-    return Family(model_type=model_type, architecture=architecture, places=_LLAMA, prefix="model.", buffers=_ROTARY)
+def _experts(layer: str, gate: str, up: str, down: str) -> dict[str, Place]:
+    """A layer of experts: the names of its router and of each expert's matrices."""
+    matrices = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {
+        "blocks.{i}.ffn.router": Place(f"model.layers.{{i}}.{layer}.gate"),
+        **{
+            f"blocks.{{i}}.ffn.experts.{ours}": Place(f"model.layers.{{i}}.{layer}.experts.{{e}}.{theirs}.weight")
+            for ours, theirs in matrices.items()
+        },
+    }
+
+
+_MIXTRAL = _LLAMA | _experts("block_sparse_moe", "w1", "w3", "w2")
+_QWEN3_MOE = _LLAMA | _experts("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def _llama_like(model_type: str, architecture: str, places: Mapping[str, Place] = _LLAMA) -> Family:
+    return Family(model_type=model_type, architecture=architecture, places=places, prefix="model.", buffers=_ROTARY)
 
 
 FAMILIES: dict[str, Family] = {
@@ -108,6 +132,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": _llama_like("mistral", "MistralForCausalLM"),
     "qwen2": _llama_like("qwen2", "Qwen2ForCausalLM"),
     "qwen3": _llama_like("qwen3", "Qwen3ForCausalLM"),
+    "mixtral": _llama_like("mixtral", "MixtralForCausalLM", _MIXTRAL),
+    "qwen3_moe": _llama_like("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE),
     "gpt2": Family(
         model_type="gpt2",
         architecture="GPT2LMHeadModel",

@@ -17,9 +17,10 @@ from lmworks.model.decoder import DecoderConfig
 from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.hf_config import Table
 from lmworks.model.hf_names import FAMILIES, Family
+from lmworks.model.moe import Experts
 from lmworks.model.neox import NeoXConfig
 from lmworks.model.rotary import RopeScaling
-from lmworks.model.sizes import BlockSizes, Shape
+from lmworks.model.sizes import BlockSizes, PerBlock, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Target:
     family: Family
     sizes: BlockSizes
     table: Table
+    expert_size: int = 0
+    """The width of every expert there."""
     added_biases: tuple[str, ...] = ()
     """Names of biases ({i} = block) that the family has and the model has not; they are written as zeros."""
 
@@ -56,7 +59,7 @@ def _even(config: Shape) -> BlockSizes:
         n_heads=max(block.n_heads for block in blocks),
         n_kv_heads=max(block.n_kv_heads for block in blocks),
         head_dim=blocks[0].head_dim,
-        ffn_size=max(block.ffn_size for block in blocks),
+        ffn_size=max([block.ffn_size for block in blocks if not block.experts] or [block.ffn_size for block in blocks]),
     )
 
 
@@ -66,7 +69,8 @@ def _decoder(config: DecoderConfig) -> Target:
             "parallel_block = true has no Llama-shaped family in transformers", legal="parallel_block = false"
         )
     sizes = _even(config)
-    name = _family_of(config, sizes)
+    name = _family_of(config, sizes) if config.experts is None else _family_with_experts(config, config.experts, sizes)
+    width = max((block.ffn_size for block in config.blocks() if block.experts), default=0)
     table: Table = {
         "architectures": [FAMILIES[name].architecture],
         "model_type": name,
@@ -84,16 +88,67 @@ def _decoder(config: DecoderConfig) -> Target:
         "attention_dropout": 0.0,
         **_rope(config.rope_theta, config.rope_scaling),
         **_windows(config, name),
+        **(_experts(config.experts, name, width, config.ffn_size) if config.experts is not None else {}),
     }
     added: tuple[str, ...] = ()
     if name == "qwen2" and not config.qkv_bias:
         added = tuple(f"blocks.{{i}}.attn.{part}_proj.bias" for part in "qkv")
     if name == "llama":
         table |= {"attention_bias": False, "mlp_bias": False}
-    if name == "qwen3":
+    if name in ("qwen3", "qwen3_moe"):
         table["attention_bias"] = config.qkv_bias
         added = ("blocks.{i}.attn.o_proj.bias",) if config.qkv_bias else ()
-    return Target(family=FAMILIES[name], sizes=sizes, table=table, added_biases=added)
+    return Target(family=FAMILIES[name], sizes=sizes, table=table, expert_size=width, added_biases=added)
+
+
+def _family_with_experts(config: DecoderConfig, experts: Experts, sizes: BlockSizes) -> str:
+    """Mixtral, or with qk_norm Qwen3-MoE. Raises ExportError with what neither of them has."""
+    name = "qwen3_moe" if config.qk_norm else "mixtral"
+    wrong: dict[str, tuple[object, object]] = {
+        "experts.scoring": (experts.scoring, "softmax"),
+        "experts.shared_size": (experts.shared_size, 0),
+        "experts.scale": (experts.scale, 1.0),
+        "experts.bias_rate": (experts.bias_rate, None),
+    }
+    if name == "mixtral":
+        wrong |= {
+            "experts.first_dense": (experts.first_dense, 0),
+            "experts.normalise_top_k": (experts.normalise_top_k or experts.top_k == experts.count == 1, True),
+            "qkv_bias": (config.qkv_bias, False),
+            "sliding_window_blocks": (config.sliding_window_blocks, None),
+        }
+    elif config.sliding_window is not None:
+        wrong["sliding_window"] = (config.sliding_window, None)
+    found = {path: legal for path, (value, legal) in wrong.items() if value != legal}
+    if found:
+        listed = ", ".join(f"{path} = {legal}" if legal is not None else f"no {path}" for path, legal in found.items())
+        other = "" if config.qk_norm or "experts.first_dense" not in found else "; or qk_norm, for qwen3_moe"
+        raise ExportError(
+            f"{' and '.join(found)} cannot be said in a {name} folder, the nearest that transformers has",
+            legal=f"{listed}{other}",
+        )
+    return name
+
+
+def _experts(experts: Experts, name: str, width: int, ffn_size: PerBlock) -> Table:
+    """The keys of config.json about experts."""
+    table: Table = {
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.top_k,
+        "output_router_logits": False,
+        "router_aux_loss_coef": experts.aux_weight,
+    }
+    if name == "mixtral":
+        return table | {"intermediate_size": width, "router_jitter_noise": 0.0}
+    if experts.first_dense == 0:  # no block has this width: it is kept for who reads the folder back
+        table["intermediate_size"] = ffn_size if isinstance(ffn_size, int) else max(ffn_size)
+    return table | {
+        "num_experts": experts.count,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": experts.normalise_top_k,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(experts.first_dense)),
+    }
 
 
 def _family_of(config: DecoderConfig, sizes: BlockSizes) -> str:
@@ -126,8 +181,10 @@ def _rope(theta: float, scaling: RopeScaling | None) -> Table:
 
 
 def _windows(config: DecoderConfig, name: str) -> Table:
-    if name == "mistral":
+    if name in ("mistral", "mixtral"):
         return {"sliding_window": config.sliding_window}
+    if name == "qwen3_moe":
+        return {"use_sliding_window": False, "sliding_window": None}
     if name not in ("qwen2", "qwen3"):
         return {}
     windows = [block.window is not None for block in config.blocks()]
@@ -195,9 +252,12 @@ def _neox(config: NeoXConfig, sizes: BlockSizes) -> Table:
     }
 
 
-def pad(name: str, tensor: Tensor, sizes: BlockSizes) -> Tensor:
+def pad(name: str, tensor: Tensor, goal: Target) -> Tensor:
     """One parameter of a block, with zeros up to the sizes it has in the folder."""
-    module = name.split(".")[-2]
+    sizes, module = goal.sizes, name.split(".")[-2]
+    if module == "experts":
+        missing = goal.expert_size - tensor.shape[2 if name.endswith("down_proj") else 1]
+        return F.pad(tensor, (0, missing) if name.endswith("down_proj") else (0, 0, 0, missing)) if missing else tensor
     rows = {
         "q_proj": sizes.n_heads * sizes.head_dim,
         "k_proj": sizes.n_kv_heads * sizes.head_dim,

@@ -112,8 +112,12 @@ def stored(model: Backbone, goal: Target, dtype: torch.dtype) -> Iterator[tuple[
         def part(i: int, siblings: list[str] = siblings) -> Tensor:
             return _even(siblings[i], parameters, model.config, goal)
 
-        tensor = pack(part, place, goal.family.fusion, goal.sizes.n_heads)
-        yield name, tensor.detach().to("cpu", dtype).contiguous()
+        tensor = pack(part, place, goal.family.fusion, goal.sizes.n_heads).detach()
+        if "{e}" in name:
+            for e, matrix in enumerate(tensor):
+                yield name.replace("{e}", str(e)), matrix.to("cpu", dtype).contiguous()
+            continue
+        yield name, tensor.to("cpu", dtype).contiguous()
 
 
 def _names(config: Shape, goal: Target) -> Iterator[str]:
@@ -129,7 +133,7 @@ def _even(name: str, parameters: Mapping[str, Tensor], config: Shape, goal: Targ
     if name not in parameters:
         return added_bias(name, config, goal.sizes)
     tensor = parameters[name].detach()
-    return pad(name, tensor, goal.sizes) if name.startswith("blocks.") else tensor
+    return pad(name, tensor, goal) if name.startswith("blocks.") else tensor
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

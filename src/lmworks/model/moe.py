@@ -223,9 +223,8 @@ class MoEFFN(nn.Module):
         self.aux: Tensor | None = None
         """The sum over these rows of row_share * aux."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D). Not compiled: how many rows an expert gets is known only when they are there."""
+        """(B, T, D) -> (B, T, D)."""
         x_ND, top_k = x_BTD.flatten(0, 1), self.settings.top_k
         scores_NE = self.router(x_ND)
         chosen_NK = self.router.choose(scores_NE, top_k)
@@ -242,6 +241,10 @@ class MoEFFN(nn.Module):
         if self.row_share is None or not torch.is_grad_enabled():
             return y_BTD
         return self._balanced(y_BTD, scores_NE, counts_BE, self.row_share)
+
+    def stay_eager(self) -> None:
+        """Leave this layer out of what is compiled: how many rows an expert gets is known only when they are there."""
+        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign, no-untyped-call]  # torch's own
 
     def _weights(self, scores_NE: Tensor, chosen_NK: Tensor) -> Tensor:
         """(N, K): how much of each chosen expert a token takes."""
