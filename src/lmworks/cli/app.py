@@ -19,6 +19,7 @@ from lmworks.cli import (
     export,
     fetch,
     generate,
+    launch,
     methods,
     prove,
     quickstart,
@@ -30,6 +31,7 @@ from lmworks.core.errors import LmworksError
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
     "train": train.train,
+    "launch": launch.launch,
     "fetch": fetch.fetch,
     "generate": generate.generate,
     "chat": chat.chat,
