@@ -185,6 +185,19 @@ def test_recomputed_blocks_count_once_and_give_the_same_gradient(every: int) -> 
         assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # what torch.compile itself looks at
+def test_compiled_blocks_leave_the_experts_eager_and_count_the_same() -> None:
+    def compiled(model: torch.nn.Module) -> None:
+        for block in model.get_submodule("blocks").children():
+            block.compile(backend="eager")
+
+    (want, load), (found, again) = trained(6), trained(6, compiled)
+    assert torch.equal(load, again)
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 def test_passes_outside_of_a_step_neither_count_nor_balance() -> None:
     model = CONFIG.build()
     initialise(model, 0)
