@@ -30,6 +30,7 @@ from verdicts import Verdict, spread
 from lmworks.data.load import Batch
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
+from lmworks.parallel.apply import whole
 from lmworks.train.gradient import Clip
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
@@ -116,7 +117,7 @@ def step_of(arm: str, options: argparse.Namespace) -> Step:
             block.compile()
     objective, optimizer = CrossEntropy(), AdamW(lr=3e-4)
     return Step(
-        model=model,
+        placement=whole(model),
         source=RandomRows(config.vocab_size or 0, options.sequence, device),
         selector=SelectAll().start(model, optimizer, {"random": 1.0}),
         objective=objective,
@@ -125,7 +126,6 @@ def step_of(arm: str, options: argparse.Namespace) -> Step:
         probe=Probe(model, objective, seed=0),
         rows=options.batch,
         micro_rows=options.batch,
-        device=device,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmworks.data.load import Batch
 from lmworks.methods.sophia import Sophia
+from lmworks.parallel.apply import whole
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Component, Objective, SelectAll, Update
@@ -22,6 +23,8 @@ KINDS = ["gauss-newton", "hutchinson"]
 
 class Point(nn.Module):
     """Weights of a closed-form loss, by the name of a hidden matrix; as many copies as its first dimension."""
+
+    config = None
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -37,12 +40,14 @@ class Formula(Objective):
     def count(self, batch: Batch) -> dict[str, Tensor]:
         return {"rows": torch.tensor(batch.rows)}
 
-    def loss(self, model: Any, batch: Batch) -> dict[str, Component]:
+    def loss(self, model: Any, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
         return {"rows": Component(total=batch.rows * self.function(model.point))}
 
 
 class MLP(nn.Module):
     """Three layers over the features of each token."""
+
+    config = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +72,7 @@ class Classify(Objective):
     def count(self, batch: Batch) -> dict[str, Tensor]:
         return {"targets": (batch.targets_BT >= 0).sum()}
 
-    def loss(self, model: Any, batch: Batch) -> dict[str, Component]:
+    def loss(self, model: Any, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
         logits = model(batch.tokens_BT).flatten(0, 1)
         total = nn.functional.cross_entropy(logits, batch.targets_BT.flatten(), reduction="sum", ignore_index=-100)
         return {"targets": Component(total=total)}
@@ -108,7 +113,7 @@ def stepping(
         **over,
     }
     rows = batches[0].rows
-    return Step(model=model, objective=objective, rows=rows, micro_rows=micro_rows, device=torch.device("cpu"), **parts)
+    return Step(placement=whole(model), objective=objective, rows=rows, micro_rows=micro_rows, **parts)
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def saved_bytes(step: Step) -> int:
     """Bytes that autograd keeps during a step for its backward pass, without the weights; each tensor once."""
     seen: dict[int, int] = {}
     held: list[Tensor] = []
-    own = {p.data_ptr() for p in step.model.parameters()}
+    own = {p.data_ptr() for p in step.placement.model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in own:

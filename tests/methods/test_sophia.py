@@ -116,7 +116,7 @@ def test_gauss_newton_is_the_diagonal_of_softmax_regression_on_average() -> None
         def count(self, batch: Batch) -> dict[str, Tensor]:
             return {"labels": torch.tensor(64)}
 
-        def loss(self, model: Any, batch: Batch) -> dict[str, Component]:
+        def loss(self, model: Any, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
             log_CNK = torch.log_softmax(torch.einsum("nd,ckd->cnk", x_ND, model.point), -1)
             return {"labels": Component(total=-log_CNK.gather(2, batch.targets_BT.view(copies, 64, 1)).sum())}
 

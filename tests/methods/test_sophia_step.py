@@ -298,7 +298,7 @@ class Narrow(Objective):
     def count(self, batch: Batch) -> dict[str, Tensor]:
         return self.inner.count(batch)
 
-    def loss(self, model: Any, batch: Batch) -> dict[str, Component]:
+    def loss(self, model: Any, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
         if batch.rows != 8 and batch.rows > self.room:  # the step's own eight rows fit
             raise torch.OutOfMemoryError("no room")
         return self.inner.loss(model, batch)

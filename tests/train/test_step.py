@@ -16,6 +16,7 @@ from torch import Tensor
 from lmworks.core.errors import NonFinite
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
+from lmworks.parallel.apply import whole
 from lmworks.train.gradient import Clip
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
@@ -49,7 +50,7 @@ def step_on(
 ) -> Step:
     objective = CrossEntropy()
     return Step(
-        model=model,
+        placement=whole(model),
         source=Given(batches),
         selector=selector or SelectAll().start(model, AdamW(lr=1e-2), {}),
         objective=objective,
@@ -58,14 +59,13 @@ def step_on(
         probe=Probe(model, objective, seed=0),
         rows=batches[0].rows,
         micro_rows=micro,
-        device=torch.device("cpu"),
     )
 
 
 def gradients(model: Backbone, batch: Batch, micro: int) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     objective = CrossEntropy()
-    loss = accumulate(model, objective, batch.split(micro), objective.count(batch))
+    loss = accumulate(whole(model), objective, batch.split(micro), objective.count(batch))
     return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 

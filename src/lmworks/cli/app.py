@@ -23,6 +23,7 @@ from lmworks.cli import (
     methods,
     prove,
     quickstart,
+    rehearse,
     tokenizer,
     train,
 )
@@ -31,6 +32,7 @@ from lmworks.core.errors import LmworksError
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
     "train": train.train,
+    "rehearse": rehearse.rehearse,
     "launch": launch.launch,
     "fetch": fetch.fetch,
     "generate": generate.generate,
@@ -79,11 +81,29 @@ def main() -> None:
     try:
         app()
     except LmworksError as error:
-        typer.echo(f"lmworks: {error}", err=True)
+        _tell(error, str(error))
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder that went away: the machine's state, not our bug
-        typer.echo(f"lmworks: {error.filename or 'the machine'}: {error.strerror or error}", err=True)
+        _tell(error, f"{error.filename or 'the machine'}: {error.strerror or error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("lmworks: interrupted", err=True)
+    except KeyboardInterrupt as error:
+        _tell(error, "interrupted")
         sys.exit(130)
+    except Exception as error:
+        _for_launcher(error)
+        raise
+
+
+def _tell(error: BaseException, text: str) -> None:
+    """Say what went wrong, unless a launcher will: it tells the first error of all ranks, last."""
+    if not _for_launcher(error):
+        typer.echo(f"lmworks: {text}", err=True)
+
+
+def _for_launcher(error: BaseException) -> bool:
+    """Whether this is a rank whose launcher will tell the error."""
+    if "RANK" not in os.environ:
+        return False
+    from lmworks.parallel import failure
+
+    return failure.write(error)

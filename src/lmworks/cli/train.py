@@ -37,9 +37,11 @@ def train(
         typer.echo(recipes.dump(decoded))
         return
     from lmworks.cli.console import Reporter
+    from lmworks.parallel.world import seat
     from lmworks.train.loop import run as run_loop
 
     path = run or Path("runs") / recipes.find(recipe, "train").stem
     with Reporter() as report:
         folder = run_loop(decoded, path, resume=resume, report=report)
-    typer.echo(str(folder.path))
+    if seat().first:
+        typer.echo(str(folder.path))

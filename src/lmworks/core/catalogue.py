@@ -90,6 +90,11 @@ SLOTS: dict[str, Shelf] = {
         },
         default="keep",
     ),
+    "layout": Shelf(
+        "how the ranks of a run share the work",
+        {"ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor")},
+        default="ranks",
+    ),
     "optimizer": Shelf(
         "how gradients change weights",
         {

@@ -9,6 +9,7 @@ summary.json    final values, wall time, peak memory
 tokenizer/      tokenizer.json and its config
 checkpoints/    step-00000100/ ...
 tensorboard/    curves.png    samples.jsonl
+ranks/00001/    rows and events of another rank, where there are several
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class RunFolder:
     def name(self) -> str:
         """The folder's own name, which is the run's name."""
         return self.path.resolve().name
+
+    def of_rank(self, rank: int) -> RunFolder:
+        """Where another rank than the first keeps its own rows and events."""
+        folder = RunFolder(self.path / "ranks" / f"{rank:05d}")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def exists(self) -> bool:
         """Whether a run lives here."""

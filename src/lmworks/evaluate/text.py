@@ -18,7 +18,7 @@ import torch
 from lmworks.core.errors import DataError, UsageError
 from lmworks.data.tokenizer import Tokenizer
 from lmworks.model.backbone import Backbone
-from lmworks.model.head import IGNORE, cross_entropy_each
+from lmworks.model.head import IGNORE
 
 CONTEXT = 2048
 """Tokens of a window when nobody says otherwise, and the model was made for as many."""
@@ -141,7 +141,7 @@ def _window_losses(model: Backbone, ids: Sequence[int], context: int, stride: in
 @torch.inference_mode()
 def _loss(model: Backbone, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> float:
     hidden_BTD = model(tokens_BT)  # padding stands on the right, where a causal model does not look
-    losses_N = cross_entropy_each(hidden_BTD.flatten(0, 1), model.head_weight(), targets_BT.flatten())
+    losses_N = model.cross_entropy_each(hidden_BTD, targets_BT).flatten()
     total = float(losses_N.double().sum())
     if not math.isfinite(total):
         raise DataError("the model's loss on this text is not finite", next_step="try --precision fp32")

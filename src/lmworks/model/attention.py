@@ -1,6 +1,6 @@
 """Who attends to whom, and the layer that does it.
 
-`Reach` is worked out once per forward and window, and shared by all blocks. There are six kinds:
+`Reach` is worked out once per forward and window, and shared by all blocks. There are seven kinds:
 
     all       one new token behind a cache: it sees every key, no mask
     causal    one document per row: the fused kernel's own causal order, no mask
@@ -8,6 +8,7 @@
     spans     long packed documents on a CPU: each is attended alone, so the work is sum(length^2), not T^2
     blocks    packed or windowed rows on a GPU: FlexAttention with a block mask
     mask      everything else: a boolean mask
+    by        some keys are not here: whoever divided the tokens of the rows computes it
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Reach:
     blocks: BlockMask | None = None
     mask: Tensor | None = None
     """(B or 1, 1, T, K) boolean, True = seen."""
+    by: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """(B, T, N, h), (B, G, T, h), (B, G, T, h) of these tokens -> (B, T, N, h)."""
 
 
 def reach(
@@ -142,6 +145,8 @@ def block_mask(
 
 def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tensor:
     """softmax(q k^T / sqrt(h)) v within the reach: (B, T, N, h). Query head n reads group n // (N / G)."""
+    if reach.by is not None:
+        return reach.by(q_BTNh, k_BGKh, v_BGKh)
     if reach.tiles is not None:
         return attend_tiles(q_BTNh, k_BGKh.transpose(1, 2), v_BGKh.transpose(1, 2), reach.tiles)
     q_BNTh = q_BTNh.transpose(1, 2)

@@ -12,6 +12,7 @@ from lmworks.core.errors import UsageError
 from lmworks.model import ops
 from lmworks.model.attention import Frame, reach
 from lmworks.model.cache import BlockCache, KVCache, room_for
+from lmworks.model.head import Vocabulary
 from lmworks.model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from lmworks.model.rotary import Rotary
 from lmworks.model.sizes import Shape
@@ -60,6 +61,10 @@ class Backbone(nn.Module):
         self.takes_tokens = True
         self.compiled_blocks = False
         """Set by `compile_blocks`: reaches are then those of the plain forms, which compiled blocks run."""
+        self.vocabulary = Vocabulary()
+        """What is done with the head's matrix; a layout may replace it."""
+        self.reach = reach
+        """Who attends to whom; a layout that divides the tokens of a row replaces it."""
         self.embed: Embedding | None = embed
         self.positions: Embedding | None = positions
         self.blocks = nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
@@ -121,6 +126,7 @@ class Backbone(nn.Module):
         if positions_BT is None:
             self._check_length(cached + new)
             positions_BT = torch.arange(cached, cached + new, device=tokens_BT.device)[None]
+        new = positions_BT.shape[1]  # hidden states of an earlier stage may hold a part of the tokens only
         x_BTD = self.embed(tokens_BT) if self.embed is not None and self.takes_tokens else tokens_BT
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
@@ -144,7 +150,7 @@ class Backbone(nn.Module):
         if cache is not None:
             documents_BT = cache.note_documents(documents_BT, batch, new)
         reaches = {
-            window: reach(
+            window: self.reach(
                 batch=batch,
                 new=new,
                 cached=cached,
@@ -176,8 +182,26 @@ class Backbone(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32 logits; the product runs in the precision of `hidden_BTD`."""
-        product = ops.linear(hidden_BTD, self.head_weight(), None)
-        return product if product.dtype == torch.float64 else product.float()
+        return self.vocabulary.logits(hidden_BTD, self.head_weight())
+
+    def cross_entropy_sum(self, hidden_BTD: Tensor, targets_BT: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """Sum of -log p(target) over the targets that are not IGNORE, each times its row's weight; a scalar in nats."""
+        shares_N = None if weights_B is None else weights_B[:, None].expand_as(targets_BT).flatten()
+        return self.vocabulary.cross_entropy_sum(
+            hidden_BTD.flatten(0, 1), self.head_weight(), targets_BT.flatten(), shares_N=shares_N
+        )
+
+    def cross_entropy_each(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """-log p(target) of each token (B, T), no gradient; 0 where the target is IGNORE."""
+        losses_N = self.vocabulary.cross_entropy_each(
+            hidden_BTD.flatten(0, 1), self.head_weight(), targets_BT.flatten()
+        )
+        return losses_N.view_as(targets_BT)
+
+    def sampled_targets(self, hidden_BTD: Tensor, generator: torch.Generator) -> Tensor:
+        """One token drawn from each softmax(logits): (B, T) int64, no gradient."""
+        drawn_N = self.vocabulary.sampled_targets(hidden_BTD.flatten(0, 1), self.head_weight(), generator)
+        return drawn_N.view(hidden_BTD.shape[:2])
 
     def new_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to `length` tokens; `dtype` defaults to the compute precision.

@@ -12,15 +12,13 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import tomli_w
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lmworks.core import files, recipe
@@ -29,6 +27,7 @@ from lmworks.core.errors import CheckpointError, did_you_mean
 from lmworks.core.home import models_folder
 from lmworks.model import hf
 from lmworks.model.backbone import Backbone
+from lmworks.model.pieces import Pieces
 from lmworks.model.sizes import Shape
 
 WEIGHTS = "model.safetensors"
@@ -80,21 +79,23 @@ class Located:
         config = _shape_of_run(self.run)
         if config.vocab_size is not None:
             return config
-        with _open(self.weights / WEIGHTS) as file:
-            return config.with_vocab(file.get_slice("embed.weight").get_shape()[0])
+        return config.with_vocab(Pieces(weight_files(self.weights)).shapes()["embed.weight"][0])
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the files that hold the weights, by name."""
         if self.run is not None:
-            return {WEIGHTS: str(verify(self.weights, [WEIGHTS])["files"][WEIGHTS]["sha256"])}
+            names = [path.name for path in weight_files(self.weights)]
+            listed = verify(self.weights, names)["files"]
+            return {name: str(listed[name]["sha256"]) for name in names}
         return {path.name: files.sha256_of(path) for path in sorted(self.weights.glob("*.safetensors"))}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The parameters by our names. A checkpoint's bytes are verified first."""
         if self.run is None:
             return hf.read_folder(self.weights).tensors
-        verify(self.weights, [WEIGHTS])
-        return load_file(self.weights / WEIGHTS)
+        paths = weight_files(self.weights)
+        verify(self.weights, [path.name for path in paths])
+        return Pieces(paths).all()
 
 
 def locate(path: Path) -> Located:
@@ -117,7 +118,7 @@ def locate(path: Path) -> Located:
                 next_step="let it train on; checkpoints.every says how often one is written",
             )
         return Located(weights=found[-1], run=path)
-    if (path / WEIGHTS).is_file() and path.parent.name == "checkpoints":
+    if weight_files(path)[0].is_file() and path.parent.name == "checkpoints":
         return Located(weights=path, run=path.parent.parent)
     raise CheckpointError("holds no model", where=str(path), legal=_LEGAL)
 
@@ -144,24 +145,49 @@ def load(
 
 def fill(model: Backbone, where: Located) -> None:
     """Copy the weights that lie there into the model. Raises CheckpointError when names or shapes differ."""
-    tensors = where.tensors()
     parameters = dict(model.named_parameters())
-    missing = [name for name in parameters if name not in tensors]
-    unknown = [name for name in tensors if name not in parameters]
+    tensors = checked(where, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def checked(where: Located, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """The weights that lie there, each compared with the shape that is wanted when it is taken.
+
+    Raises CheckpointError when names or shapes differ.
+    """
+    tensors = where.tensors()
+    missing = [name for name in shapes if name not in tensors]
+    unknown = [name for name in tensors if name not in shapes]
     if missing or unknown:
         raise CheckpointError(
             f"is of another model: it {'lacks' if missing else 'also holds'} {(missing or unknown)[0]}",
             where=str(where.weights),
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensor = tensors[name]
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"is of another model: {name} is {list(tensor.shape)} there, {list(parameter.shape)} in this model",
-                    where=str(where.weights),
-                )
-            parameter.copy_(tensor)
+    return _Checked(tensors, shapes, str(where.weights))
+
+
+class _Checked(Mapping[str, Tensor]):
+    """Tensors of which each has the shape that is wanted."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+        self._tensors, self._shapes, self._where = tensors, shapes, where
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, shape = self._tensors[name], self._shapes[name]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"is of another model: {name} is {list(tensor.shape)} there, {list(shape)} in this model",
+                where=self._where,
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def write_shape(run: Path, config: Any) -> None:
@@ -179,6 +205,11 @@ def _shape_of_run(run: Path) -> ModelConfig:
         raise CheckpointError(f"does not tell the model's shape: {error}", where=str(path)) from error
     config: ModelConfig = recipe.decode_part("model", table, source=str(path))
     return config
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint that hold its weights: one, or one from each rank that had some."""
+    return sorted(checkpoint.glob("model-*-of-*.safetensors")) or [checkpoint / WEIGHTS]
 
 
 def complete(folder: Path) -> list[Path]:
@@ -225,12 +256,3 @@ def refused(checkpoint: Path, what: str) -> CheckpointError:
         else "no earlier checkpoint is there; --resume never trains anew"
     )
     return CheckpointError(what, where=str(checkpoint), next_step=step)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError("is missing", where=str(path)) from error
-    except SafetensorError as error:
-        raise CheckpointError(f"is damaged or cut short: {error}", where=str(path)) from error

@@ -26,6 +26,29 @@ LEAST_ROWS = 512
 """Tokens of a chunk, however large the vocabulary."""
 
 
+class Vocabulary:
+    """What is done with the head's matrix. A layout that divides the vocabulary puts another one into the model."""
+
+    def cross_entropy_sum(
+        self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, shares_N: Tensor | None = None
+    ) -> Tensor:
+        """As the function below."""
+        return cross_entropy_sum(hidden_ND, weight_VD, targets_N, shares_N=shares_N)
+
+    def cross_entropy_each(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        """As the function below."""
+        return cross_entropy_each(hidden_ND, weight_VD, targets_N)
+
+    def sampled_targets(self, hidden_ND: Tensor, weight_VD: Tensor, generator: torch.Generator) -> Tensor:
+        """As the function below."""
+        return sampled_targets(hidden_ND, weight_VD, generator)
+
+    def logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32 logits (float64 stays); the product runs in the precision of `hidden`."""
+        product = ops.linear(hidden, weight_VD, None)
+        return product if product.dtype == torch.float64 else product.float()
+
+
 def cross_entropy_sum(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -40,7 +63,7 @@ def cross_entropy_sum(
     number of tokens whose logits exist at a time (default: by CHUNK_BYTES). Exact in value and gradient: the same as
     the whole-tensor form up to the order of float additions.
     """
-    rows = chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)
+    rows = chunk or chunk_rows(weight_VD.shape[0], hidden_ND.device.type)
     if not ops.own_forms():
         return _plain_sum(hidden_ND, weight_VD, targets_N, shares_N, rows)
     result: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, shares_N, rows)  # type: ignore[no-untyped-call]
@@ -49,8 +72,8 @@ def cross_entropy_sum(
 
 def _plain_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shares_N: Tensor | None, rows: int) -> Tensor:
     """The same sum in plain PyTorch, which can be differentiated again."""
-    total = torch.zeros((), dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
-    for at in _chunks(targets_N.shape[0], rows):
+    total = torch.zeros((), dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    for at in chunks(targets_N.shape[0], rows):
         logits_CV = ops.linear(hidden_ND[at], weight_VD, None).to(total.dtype)
         if shares_N is None:
             total = total + F.cross_entropy(logits_CV, targets_N[at], ignore_index=IGNORE, reduction="sum")
@@ -62,10 +85,10 @@ def _plain_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shares_N
 
 def cross_entropy_each(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
     """-log softmax(hidden @ weight.T)[target] of each token, no gradient; [N] float32, 0 where the target is IGNORE."""
-    losses_N = torch.zeros(targets_N.shape, dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
+    losses_N = torch.zeros(targets_N.shape, dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
     with torch.no_grad():
         weight_VD = weight_VD.to(hidden_ND.dtype)
-        for at in _chunks(targets_N.shape[0], chunk or _rows(weight_VD.shape[0], hidden_ND.device.type)):
+        for at in chunks(targets_N.shape[0], chunk or chunk_rows(weight_VD.shape[0], hidden_ND.device.type)):
             loss_C, _ = _chunk_loss(_logits(hidden_ND[at], weight_VD), targets_N[at])
             losses_N[at] = loss_C
     return losses_N
@@ -76,8 +99,8 @@ def sampled_targets(hidden_ND: Tensor, weight_VD: Tensor, generator: torch.Gener
     """One token drawn from softmax(hidden @ weight.T) for each hidden state; [N] int64."""
     found_N = torch.empty(hidden_ND.shape[0], dtype=torch.int64, device=hidden_ND.device)
     weight_VD = weight_VD.to(hidden_ND.dtype)
-    for at in _chunks(hidden_ND.shape[0], _rows(weight_VD.shape[0], hidden_ND.device.type)):
-        probs_CV = torch.softmax(_logits(hidden_ND[at], weight_VD), dim=-1, dtype=_accumulate_dtype(hidden_ND))
+    for at in chunks(hidden_ND.shape[0], chunk_rows(weight_VD.shape[0], hidden_ND.device.type)):
+        probs_CV = torch.softmax(_logits(hidden_ND[at], weight_VD), dim=-1, dtype=accumulate_dtype(hidden_ND))
         found_N[at] = torch.multinomial(probs_CV, 1, generator=generator)[:, 0]
     return found_N
 
@@ -92,10 +115,10 @@ class _CrossEntropySum(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dtype = hidden_ND.dtype
         weight = weight_VD.to(dtype)
-        total = torch.zeros((), dtype=_accumulate_dtype(hidden_ND), device=hidden_ND.device)
+        total = torch.zeros((), dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD) if need_weight else None
-        for at in _chunks(targets_N.shape[0], rows):
+        for at in chunks(targets_N.shape[0], rows):
             targets_C = targets_N[at]
             loss_C, logits_CV = _chunk_loss(_logits(hidden_ND[at], weight), targets_C)
             total += loss_C.sum() if shares_N is None else (loss_C * shares_N[at]).sum()
@@ -106,7 +129,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[at])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_CV, hidden_ND[at])
+                add_product(grad_weight, grad_CV, hidden_ND[at])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -122,7 +145,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 def _chunk_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [C] in float32 and the log-probabilities' input: logits minus their log-sum-exp, float32 [C, V]."""
-    log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=_accumulate_dtype(logits_CV))
+    log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=accumulate_dtype(logits_CV))
     valid_C = targets_C != IGNORE
     picked_C = log_probs_CV.gather(1, torch.where(valid_C, targets_C, 0)[:, None])[:, 0]
     return torch.where(valid_C, -picked_C, 0.0), log_probs_CV
@@ -145,7 +168,7 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     return hidden_CD @ weight_VD.t()
 
 
-def _add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+def add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
     """sum += grad.T @ hidden, accumulated in the dtype of the sum (float32 when the weights are)."""
     if sum_VD.dtype == grad_CV.dtype:
         sum_VD.addmm_(grad_CV.t(), hidden_CD)
@@ -153,13 +176,16 @@ def _add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
         sum_VD += grad_CV.t() @ hidden_CD
 
 
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """Of sums over tokens or ids: float32, or float64 for exact tests."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _rows(vocab: int, device: str) -> int:
+def chunk_rows(vocab: int, device: str) -> int:
+    """Tokens whose logits exist at a time."""
     return max(LEAST_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab))
 
 
-def _chunks(total: int, rows: int) -> list[slice]:
+def chunks(total: int, rows: int) -> list[slice]:
+    """`total` tokens in runs of at most `rows`."""
     return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]

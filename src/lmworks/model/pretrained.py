@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import final
 
 import torch
+from torch import Tensor
 
 from lmworks.core import catalogue
 from lmworks.core.cost import Cost
 from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.model.backbone import Backbone
-from lmworks.model.checkpoint import Located, ModelConfig, fill, locate
+from lmworks.model.checkpoint import Located, ModelConfig, checked, locate
 from lmworks.model.gpt2 import rows_too_long
+from lmworks.model.pieces import Box
 from lmworks.model.sizes import BlockSizes
 
 
@@ -117,9 +119,10 @@ class Pretrained:
         device: torch.device | str = "cpu",
         param_dtype: torch.dtype = torch.float32,
     ) -> Backbone:
-        """The network without values; `fill` gives it the weights. Its config is the shape's, not this part."""
+        """The network without values; `values` has the weights. Its config is the shape's, not this part."""
         return self.shape.build(dtype=dtype, device=device, param_dtype=param_dtype)
 
-    def fill(self, model: Backbone) -> None:
-        """Copy the weights into a model that `build` made. Raises CheckpointError when they are damaged."""
-        fill(model, self._where)
+    def values(self) -> Callable[[str, Box], Tensor]:
+        """(name, box) -> that part of a weight. Raises CheckpointError when the files are damaged."""
+        tensors = checked(self._where, dict(self.shape.shapes()))
+        return lambda name, box: tensors[name][box.index]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem, RecipeError
@@ -16,8 +17,12 @@ from lmworks.data.packed import Prepared
 from lmworks.data.tokenizer import Tokenizer, load_tokenizer
 from lmworks.generate.writer import DTYPES
 from lmworks.model.backbone import Backbone
-from lmworks.model.init import initialise
+from lmworks.model.init import first_value
+from lmworks.model.pieces import Box
 from lmworks.model.pretrained import Pretrained
+from lmworks.parallel.apply import Placement, place
+from lmworks.parallel.layout import problems_of
+from lmworks.parallel.wire import Wire, alone
 from lmworks.train.memory import keep_freed_memory
 from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast
@@ -31,15 +36,27 @@ class Built:
 
     recipe: Train
     prepared: Prepared
-    model: Backbone
+    placement: Placement
     step: Step
     cost: Cost
-    device: torch.device
     dtype: torch.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.placement.device
 
-def settle(recipe: Train) -> Train:
-    """The recipe with every 'auto' replaced by what it means on this machine. Raises RecipeError for a missing GPU."""
+    @property
+    def wire(self) -> Wire:
+        """How this rank speaks to the others."""
+        return self.placement.wire
+
+
+def settle(recipe: Train, world: int = 1) -> Train:
+    """The recipe with every 'auto' replaced by what it means on this machine, and the layout by that of `world` ranks.
+
+    Raises RecipeError for a missing GPU, and for ranks that cannot be laid out so.
+    """
     device = recipe.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,38 +67,46 @@ def settle(recipe: Train) -> Train:
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
-    return dataclasses.replace(recipe, device=device, precision=precision)
+    layout = recipe.layout.settle(world)
+    settled = dataclasses.replace(recipe, device=device, precision=precision, layout=layout)
+    if problems := problems_of(settled):
+        raise RecipeError(problems)
+    return settled
 
 
-def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Callable[..., None] | None = None) -> Built:
-    """Prepare the data, build and initialise the model, wire the step. `recipe` must be settled.
+def build(
+    recipe: Train,
+    wire: Wire | None = None,
+    *,
+    device: torch.device | None = None,
+    resume: dict[str, Any] | None = None,
+    progress: Callable[..., None] | None = None,
+) -> Built:
+    """Prepare the data, build and place the model, wire the step. `recipe` must be settled.
 
-    `resume` is the source's state in the checkpoint that is to go on: changed documents are refused before anything
-    is made.
+    `wire`: how this rank speaks to the others; left out, it is the only one. `resume` is the source's state in the
+    checkpoint that is to go on: changed documents are refused before anything is made.
     """
+    wire, device, dtype = wire or alone(), device or torch.device(recipe.device), DTYPES[recipe.precision]
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device, dtype = torch.device(recipe.device), DTYPES[recipe.precision]
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(seed_for(recipe.seed, "torch"))  # for whatever draws without a generator of its own
     if isinstance(recipe.model, Pretrained):
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
-    prepared = recipe.data.prepare(seed=recipe.seed, progress=progress, resume=resume)
+    prepared = _prepare(recipe, wire, resume, progress)
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
-    model = config.build(dtype=dtype, device=device)
-    if isinstance(config, Pretrained):
-        config.fill(model)
-    else:
-        initialise(model, seed_for(recipe.seed, "weights"))
-    recipe.saved.apply(model)
-    if recipe.compile:
-        model.compile_blocks()
-    micro_rows = recipe.micro_batch_size or recipe.batch_size
+    placement = place(
+        config, wire, device, dtype=dtype, sequence=recipe.data.sequence_length, arrange=lambda m: _arrange(recipe, m)
+    )
+    placement.fill(_first_values(recipe, config))
+    model = placement.model
+    micro_rows = recipe.micro_batch_size or recipe.batch_size // placement.share[1]
     probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"), micro_rows=micro_rows)
     step = Step(
-        model=model,
-        source=prepared.train(pin=device.type == "cuda"),
+        placement=placement,
+        source=prepared.train(share=placement.share, pin=device.type == "cuda"),
         selector=recipe.selector.start(model, recipe.optimizer, recipe.data.shares),
         objective=recipe.objective,
         gradient=recipe.gradient,
@@ -89,10 +114,36 @@ def build(recipe: Train, *, resume: dict[str, Any] | None = None, progress: Call
         probe=probe,
         rows=recipe.batch_size,
         micro_rows=micro_rows,
-        device=device,
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
-    return Built(recipe=recipe, prepared=prepared, model=model, step=step, cost=cost, device=device, dtype=dtype)
+    return Built(recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype)
+
+
+def _prepare(
+    recipe: Train, wire: Wire, resume: dict[str, Any] | None, progress: Callable[..., None] | None
+) -> Prepared:
+    """The data; the first rank of each machine makes what is missing, the others find it."""
+    if not wire.first_here:
+        wire.wait()
+    prepared = recipe.data.prepare(seed=recipe.seed, progress=progress, resume=resume)
+    if wire.first_here:
+        wire.wait()
+    return prepared
+
+
+def _arrange(recipe: Train, model: Backbone) -> None:
+    """What blocks keep for the backward pass, and their compiled form."""
+    recipe.saved.apply(model)
+    if recipe.compile:
+        model.compile_blocks()
+
+
+def _first_values(recipe: Train, config: Any) -> Callable[[str, Box], Tensor]:
+    """Where weights come from: drawn by name, or those of an existing model."""
+    if isinstance(config, Pretrained):
+        return config.values()
+    seed = seed_for(recipe.seed, "weights")
+    return lambda name, box: first_value(name, box.whole, config.n_layers, seed)[box.index]
 
 
 def fit_vocabulary(config: Any, tokenizer: Tokenizer) -> Any:

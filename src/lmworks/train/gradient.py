@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.core.recipe import PositiveFloat
+from lmworks.parallel.shard import local
 from lmworks.train.slots import Gradient
 
 
@@ -25,5 +26,5 @@ class Clip(Gradient):
         """Multiply by norm / max(norm, global norm); reports the factor."""
         factor = (self.norm / norm).clamp(max=1.0)
         if factor.device.type != "cpu" or factor < 1.0:  # on a CPU looking is free, and most steps need no pass
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
         return {"clip_factor": factor}

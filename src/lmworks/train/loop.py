@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lmworks.core.errors import LmworksError, Stopped, UsageError
 from lmworks.core.recipe import table_of
 from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
+from lmworks.model.pieces import Pieces
+from lmworks.parallel import failure, world
+from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
 from lmworks.train.energy import Meter
 from lmworks.train.rate import memory_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train
-from lmworks.train.records import Progress, Records, Reporter, dropped
+from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
 from lmworks.train.samples import must_fit_positions, sample
 from lmworks.train.sinks import Row
 from lmworks.train.slots import StepRecord, Watcher
@@ -26,32 +31,57 @@ from lmworks.train.validate import validate
 
 
 def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolder:
-    """Run a recipe in a folder and return the folder when it is done.
+    """Run a recipe in a folder and return the folder when it is done. Under torchrun every rank calls it.
 
     `resume`: 'auto' goes on with a run that is in the folder, 'never' starts a new one beside it, a path continues from
     that checkpoint. Raises Stopped (exit 3) when a signal or the time limit ended the run, saved as far as it was, and
     LmworksError when another process trains in the folder.
     """
     began = time.monotonic()
-    recipe = settle(recipe)
+    place = world.seat()
+    recipe = settle(recipe, place.world)
     for sink in recipe.sinks:
         sink.must_be_installed()
-    folder = RunFolder(fresh(path) if resume == "never" else path)
-    with folder.alone(), StopRequest(minutes=recipe.max_minutes) as stop:
-        if folder.exists():
-            folder.must_match(recipe, may_differ=MAY_DIFFER)
-            if folder.is_done() and resume == "auto":
+    device = world.device_of(recipe.device, place)
+    with world.connected(place, device):
+        wire = world.wire(recipe.layout, place)
+        path = Path(wire.told(str(fresh(path) if resume == "never" else path)))
+        folder = RunFolder(path)
+        alone = folder.alone() if place.first else nullcontext()
+        with alone, StopRequest(minutes=recipe.max_minutes) as stop:
+            report = report if place.first else Unheard()
+            checkpoint = _start(folder, recipe, resume, wire)
+            if checkpoint is DONE:
                 report.note("this run is already done; --resume never starts a new one beside it")
                 return folder
-        checkpoint = _checkpoint(folder, resume)
-        snapshot = save.read(checkpoint) if checkpoint is not None else None
-        built = _build(recipe, snapshot, stop, report)
-        folder.create(recipe)
-        built.prepared.tokenizer.save(folder.tokenizer)
-        write_shape(folder.path, built.model.config)
-        records = Records(built, folder, report, began=began)
-        Loop(built, records, parent=checkpoint).run(snapshot, stop)
+            stored = save.Stored(checkpoint, wire.seat) if checkpoint is not None else None
+            built = _build(recipe, wire, device, stored, stop, report)
+            if place.first:
+                folder.create(recipe)
+                built.prepared.tokenizer.save(folder.tokenizer)
+                write_shape(folder.path, built.placement.chunks[0].config)
+            wire.wait()
+            records = Records(built, folder, report, began=began)
+            Loop(built, records, folder, parent=checkpoint).run(stored, stop)
     return folder
+
+
+DONE = Path("done")
+"""Stands for a run that has reached its end."""
+
+
+def _start(folder: RunFolder, recipe: Train, resume: str, wire: Wire) -> Path | None:
+    """The checkpoint to go on from, None for a new run, DONE; as the first rank sees it."""
+    found = ""
+    if wire.rank == 0:
+        if folder.exists():
+            folder.must_match(recipe, may_differ=MAY_DIFFER)
+        if folder.exists() and folder.is_done() and resume == "auto":
+            found = str(DONE)
+        else:
+            found = str(_checkpoint(folder, resume) or "")
+    found = wire.told(found)
+    return DONE if found == str(DONE) else Path(found) if found else None
 
 
 def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
@@ -64,7 +94,9 @@ def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
     return found[-1] if found else None
 
 
-def _build(recipe: Train, snapshot: save.Snapshot | None, stop: StopRequest, report: Reporter) -> Built:
+def _build(
+    recipe: Train, wire: Wire, device: torch.device, stored: save.Stored | None, stop: StopRequest, report: Reporter
+) -> Built:
     """Everything the run is made of. A request to stop is heard while documents are made ready."""
 
     def preparing(**facts: Any) -> None:
@@ -74,43 +106,50 @@ def _build(recipe: Train, snapshot: save.Snapshot | None, stop: StopRequest, rep
             step = "the same command goes on; what was tokenised to its end is kept"
             raise Stopped(f"stopped while documents were made ready: {why}", next_step=step)
 
-    built = build(recipe, progress=preparing, resume=None if snapshot is None else snapshot.state["source"])
+    resume = None if stored is None else stored.state["source"]
+    built = build(recipe, wire, device=device, progress=preparing, resume=resume)
     for text in dropped(built.prepared.manifest["sources"]):
         report.note(text)
-    must_fit_positions(built.model, built.prepared.tokenizer, recipe.samples)
+    must_fit_positions(built.placement.model, built.prepared.tokenizer, recipe.samples)
     return built
 
 
 class Loop:
     """One run, from its first step or a checkpoint to its last step."""
 
-    def __init__(self, built: Built, records: Records, *, parent: Path | None = None) -> None:
+    def __init__(self, built: Built, records: Records, folder: RunFolder, *, parent: Path | None = None) -> None:
         self.built, self.records, self.parent = built, records, parent
+        self.placement, self.wire = built.placement, built.wire
         self.recipe, self.report, self.events = built.recipe, records.report, records.events
         self.progress = Progress()
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
-        self.checkpoints = save.Checkpoints(records.folder.checkpoints, built.recipe.checkpoints)
-        self.peak = peak_flops(built.device, built.dtype)
+        self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
+        rate, source = peak_flops(built.device, built.dtype)
+        self.peak = (rate * built.recipe.layout.ranks, source)
         self.meter = Meter(built.device)
 
-    def run(self, snapshot: save.Snapshot | None, stop: StopRequest) -> None:
+    def run(self, stored: save.Stored | None, stop: StopRequest) -> None:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
-        if snapshot is not None:
-            self._restore(snapshot)
-        later = self.checkpoints.forget_after(self.progress.step)
+        if stored is not None:
+            self._restore(stored)
+        self.wire.wait()  # all have read before anything is deleted
+        later = self.checkpoints.forget_after(self.progress.step) if self.wire.rank == 0 else []
         if later:
             self.report.note(f"the checkpoints of later steps are deleted: {', '.join(map(str, later))}")
         self.records.open(self.progress, parent=self.parent, peak=self.peak)
         try:
             why = self._steps(stop)
-        except BaseException:
+        except BaseException as error:
+            failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
             with suppress(OSError, LmworksError):  # the first error is the one to tell
                 self.records.close(self.checkpoints.wait)
             raise
         self.records.close(self.checkpoints.wait)
         if why is not None:
             where = f"step {self.progress.step} of {self.recipe.steps}"
-            raise Stopped(f"stopped at {where}: {why}", next_step="the same command goes on")
+            stopped = Stopped(f"stopped at {where}: {why}", next_step="the same command goes on")
+            failure.write(stopped, step=self.progress.step)
+            raise stopped
         self.records.summarise(self.progress)
 
     def _steps(self, stop: StopRequest) -> str | None:
@@ -122,7 +161,7 @@ class Loop:
             record = self._step()
             self._watch(record)
             at_end = progress.step == recipe.steps or progress.stopped is not None
-            why = stop.reason()
+            why = self._why(stop)
             if _due(recipe.samples.every, progress.step) or at_end:
                 self._sample()
             if _due(recipe.checkpoints.every, progress.step) or at_end or why is not None:
@@ -130,6 +169,14 @@ class Loop:
             if why is not None and not at_end:
                 return why
         return None
+
+    def _why(self, stop: StopRequest) -> str | None:
+        """Why the run should stop now, as all ranks see it."""
+        why = stop.reason()
+        if self.recipe.layout.ranks == 1:
+            return why
+        asked = self.wire.maximum(torch.tensor([float(why is not None)], device=self.built.device), "world")
+        return (why or "another rank was asked to stop") if bool(asked) else None
 
     def _step(self) -> StepRecord:
         """One step, its row in metrics.jsonl, and a validation when one is due."""
@@ -175,9 +222,8 @@ class Loop:
 
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"):
-            batches = self.built.prepared.validation(self.recipe.validation.rows)
-            sources = list(self.recipe.data.shares)
-            found = validate(self.built.model, batches, self.built.device, sources)
+            batches = self.built.prepared.validation(self.recipe.validation.rows, share=self.placement.share)
+            found = validate(self.placement, batches, list(self.recipe.data.shares))
         if not found:
             return None
         self.records.write(self.progress.step, {"step": self.progress.step, "tokens": self.progress.tokens, **found})
@@ -198,7 +244,7 @@ class Loop:
         found: list[Row] = []
         with self.records.forgiving("sample"):
             found = sample(
-                self.built.model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step
+                self.placement.model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step
             )
         for row in found:
             self.records.samples.append(row)
@@ -219,31 +265,44 @@ class Loop:
             "watchers": [watcher.state() for watcher in self.watchers],
             "parts": parts_of(self.recipe),
         }
-        tensors = {
-            "model": dict(self.built.model.state_dict()),
-            "optimizer": step.update.state(),
-            "selector": step.selector.state(),
-            "random": {**save.random_state(), "probe": step.probe.state()["generator"]},
+        random = save.random_state() | {"probe": step.probe.state()["generator"]}
+        kept = {
+            "model": self.placement.saved(self.placement.values()),
+            "optimizer": self.placement.saved(step.update.state()),
+            "selector": (step.selector.state(), {}) if self.wire.rank == 0 else ({}, {}),
+            "random": ({self._own(name): value for name, value in random.items()}, {}),
         }
-        return save.Snapshot(tensors=tensors, state=state)
+        tensors, boxes = ({kind: pair[i] for kind, pair in kept.items()} for i in range(2))
+        return save.Snapshot(tensors=tensors, state=state, boxes=boxes)  # type: ignore[arg-type]  # of each pair the one
 
-    def _restore(self, snapshot: save.Snapshot) -> None:
-        state, step, where = snapshot.state, self.built.step, str(self.parent)
-        save.must_fit(snapshot.tensors["model"], self.built.model.state_dict(), where=where)
+    def _own(self, name: str) -> str:
+        """The name of this rank's random state in a checkpoint."""
+        return f"rank-{self.wire.rank}/{name}" if self.wire.rank else name
+
+    def _restore(self, stored: save.Stored) -> None:
+        state, step, where = stored.state, self.built.step, str(self.parent)
+        model, optimizer = stored.pieces("model"), stored.pieces("optimizer")
+        save.must_fit(model.shapes(), self.placement.shapes(), where=where)
         changed = save.must_be_the_same_parts(state["parts"], parts_of(self.recipe), where=where)
-        self.built.model.load_state_dict(dict(snapshot.tensors["model"]))
-        step.update.load(snapshot.tensors["optimizer"])
-        random = dict(snapshot.tensors["random"])
-        step.probe.load({"generator": random.pop("probe")})
-        save.set_random_state(random)
+        self.placement.load(model)
+        step.update.load(self.placement.states(optimizer, model.shapes()))
+        self._restore_random(stored.pieces("random"))
         step.source.load(state["source"])
-        step.selector.load(snapshot.tensors["selector"])
+        step.selector.load(stored.pieces("selector").all())
         for watcher, kept in zip(self.watchers, state["watchers"], strict=True):
             watcher.load(kept)
         self.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress)})
         self.report.note(f"going on from step {self.progress.step} ({self.parent})")
         if changed:
             self.report.note(f"with other settings than the checkpoint's: {'; '.join(changed)}")
+
+    def _restore_random(self, pieces: Pieces) -> None:
+        """This rank's generators; a rank that was not there takes the first one's."""
+        stored = pieces.all()
+        names = [name for name in stored if not name.startswith("rank-")]
+        random = {name: stored.get(self._own(name), stored[name]) for name in names}
+        self.built.step.probe.load({"generator": random.pop("probe")})
+        save.set_random_state(random)
 
 
 def parts_of(recipe: Train) -> dict[str, Any]:

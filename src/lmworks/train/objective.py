@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
-from lmworks.model.head import IGNORE, cross_entropy_each, cross_entropy_sum, sampled_targets
+from lmworks.model.head import IGNORE
 from lmworks.train.slots import Component, Objective
 
 
@@ -33,26 +33,22 @@ class CrossEntropy(Objective):
     def loss(self, model: Backbone, batch: Batch, hidden_BTD: Tensor | None = None) -> dict[str, Component]:
         """The sum of -log p(target), in nats, each times its row's weight."""
         hidden_BTD = hidden_states(model, batch) if hidden_BTD is None else hidden_BTD
-        shares_N = None
-        if batch.weights_B is not None:
-            shares_N = batch.weights_B[:, None].expand_as(batch.targets_BT).flatten()
-        total = cross_entropy_sum(
-            hidden_BTD.flatten(0, 1), model.head_weight(), batch.targets_BT.flatten(), shares_N=shares_N
-        )
+        total = model.cross_entropy_sum(hidden_BTD, batch.targets_BT, batch.weights_B)
         return {"cross_entropy": Component(total=total)}
 
     @torch.no_grad()
     def each(self, model: Backbone, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
         """Mean of -log p(target) over each row's valid targets (B), float32; nan for a row without any."""
         hidden_BTD = hidden_states(model, batch) if hidden_BTD is None else hidden_BTD
-        return mean_of_rows(hidden_BTD, model.head_weight(), batch.targets_BT)
+        losses_BT = model.cross_entropy_each(hidden_BTD, batch.targets_BT)
+        return losses_BT.sum(1) / (batch.targets_BT != IGNORE).sum(1)
 
     @torch.no_grad()
     def sampled(self, model: Backbone, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with every valid target drawn from softmax(logits); ignored targets stay ignored."""
         hidden_BTD = hidden_states(model, batch)
-        drawn_N = sampled_targets(hidden_BTD.flatten(0, 1), model.head_weight(), generator)
-        targets_BT = torch.where(batch.targets_BT == IGNORE, IGNORE, drawn_N.view_as(batch.targets_BT))
+        drawn_BT = model.sampled_targets(hidden_BTD, generator)
+        targets_BT = torch.where(batch.targets_BT == IGNORE, IGNORE, drawn_BT)
         return dataclasses.replace(batch, targets_BT=targets_BT)
 
 
@@ -60,9 +56,3 @@ def hidden_states(model: Backbone, batch: Batch) -> Tensor:
     """The model's hidden states of a batch (B, T, D)."""
     result: Tensor = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
     return result
-
-
-def mean_of_rows(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of each row's valid targets (B), no gradient; nan for a row without any."""
-    losses_N = cross_entropy_each(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
-    return losses_N.view_as(targets_BT).sum(1) / (targets_BT != IGNORE).sum(1)

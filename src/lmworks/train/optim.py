@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from annotated_types import Interval
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lmworks.core.errors import CheckpointError, Problem
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat
 from lmworks.model.backbone import Backbone
+from lmworks.parallel.shard import is_divided, like
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Optimizer, Update
 
@@ -29,14 +30,27 @@ EMBEDDINGS = ("embed.", "positions.")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups, decayed and not, each with 'params', 'names' and 'weight_decay'."""
+    """The trainable parameters in two groups, decayed and not, each with 'params', 'names' and 'weight_decay'.
+
+    Where FSDP divides some parameters and not others (experts), each kind has groups of its own: a kernel takes one.
+    """
     decayed: Named = []
     plain: Named = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_table = name.startswith(EMBEDDINGS)
             (decayed if parameter.ndim >= 2 and (decay_embeddings or not is_table) else plain).append((name, parameter))
-    return [_group(decayed, weight_decay), _group(plain, 0.0)]
+    groups = [_group(decayed, weight_decay), _group(plain, 0.0)]
+    return [part for group in groups for part in _of_one_kind(group)]
+
+
+def _of_one_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group, or two where it has both plain and divided parameters."""
+    named = list(zip(group["names"], group["params"], strict=True))
+    kinds = [[(n, p) for n, p in named if is_divided(p) is kind] for kind in (False, True)]
+    if not all(kinds):
+        return [group]
+    return [_group(kind, group["weight_decay"]) for kind in kinds]
 
 
 def _group(named: Named, weight_decay: float) -> dict[str, Any]:
@@ -78,7 +92,7 @@ class TorchUpdate(Update):
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` gave; tensors go to the device of their parameter, step counters stay.
+        """Take back what `state()` gave, of a divided parameter this rank's part; tensors go to the parameter's device.
 
         Raises CheckpointError for names that this optimizer does not keep, and for those that it keeps and misses.
         """
@@ -93,7 +107,8 @@ class TorchUpdate(Update):
                 raise _other_state(f"{name} has {_listed(kept)} there, this one keeps {_listed(wanted)}")
             if kept:
                 optimizer.state[parameter] = {
-                    key: value if value.ndim == 0 else value.to(parameter.device) for key, value in kept.items()
+                    key: value if value.ndim == 0 else like(parameter, value.to(parameter.device))
+                    for key, value in kept.items()
                 }
         if found:
             raise _other_state(f"it holds {_listed(found)}, which this one does not train")
@@ -152,6 +167,9 @@ class PlainOptimizer(Optimizer):
 class AdamW(PlainOptimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), torch's fused kernel on CPU and GPU."""
 
+    value_by_value: ClassVar[bool] = True
+    """No value looks at another."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
@@ -166,6 +184,9 @@ class AdamW(PlainOptimizer):
 @dataclass(frozen=True, kw_only=True)
 class SGD(PlainOptimizer):
     """Gradient descent with momentum, torch's."""
+
+    value_by_value: ClassVar[bool] = True
+    """No value looks at another."""
 
     weight_decay: NonNegativeFloat = 0.1
     """Times the weight, added to the gradient of matrices (coupled, as torch has it): momentum carries it on."""
@@ -190,6 +211,9 @@ class SGD(PlainOptimizer):
 @dataclass(frozen=True, kw_only=True)
 class Lion(PlainOptimizer):
     """Sign of an interpolated momentum (Chen et al., 2023). Takes a 3 to 10 times smaller rate than AdamW."""
+
+    value_by_value: ClassVar[bool] = True
+    """No value looks at another."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Interpolation for the update, decay of the momentum."""

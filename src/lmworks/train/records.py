@@ -19,6 +19,7 @@ from lmworks.core.journal import Journal, rewind, rows
 from lmworks.core.recipe import table_of
 from lmworks.core.run import RunFolder, record_of
 from lmworks.model.pretrained import Pretrained
+from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
 from lmworks.train.rate import peak_memory_bytes
@@ -51,6 +52,25 @@ class Reporter(Protocol):
         ...
 
 
+class Unheard:
+    """The reporter of ranks but the first."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def preparing(self, **facts: Any) -> None:
+        """Nothing."""
+
+    def begin(self, step: int, steps: int) -> None:
+        """Nothing."""
+
+    def row(self, row: Row) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
 @dataclass(kw_only=True)
 class Progress:
     """What the loop itself remembers; all of it is in the checkpoint."""
@@ -75,11 +95,15 @@ class Progress:
 
 
 class Records:
-    """The files of one run, open for writing."""
+    """The files of one run, open for writing. Ranks but the first keep rows and events in a folder of their own."""
 
-    def __init__(self, built: Built, folder: RunFolder, report: Reporter, *, began: float) -> None:
-        self.built, self.folder, self.report = built, folder, report
-        self.events = Events(folder.events, run=folder.name)
+    def __init__(self, built: Built, run: RunFolder, report: Reporter, *, began: float) -> None:
+        self.built, self.report = built, report
+        layout, rank = built.recipe.layout, built.wire.rank
+        self.first = rank == 0
+        self.folder = run if self.first else run.of_rank(rank)
+        axes = {axis: layout.place(rank, axis) for axis in AXES if layout.size(axis) > 1}
+        self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes)
         self._sinks: list[Writer] = []
         self._began = began
         self._wall_before = 0.0
@@ -91,10 +115,11 @@ class Records:
         rewind(folder.metrics, lambda row: row["step"] <= at)
         rewind(folder.samples, lambda row: row["step"] <= at)
         self.metrics, self.samples = Journal(folder.metrics), Journal(folder.samples)
-        folder.summary.unlink(missing_ok=True)
-        self._write_record(at, parent, peak)
-        recipe = self.built.recipe
-        self._sinks = [sink.open(folder, table_of(recipe), step=at) for sink in recipe.sinks]
+        if self.first:
+            folder.summary.unlink(missing_ok=True)
+            self._write_record(at, parent, peak)
+            recipe = self.built.recipe
+            self._sinks = [sink.open(folder, table_of(recipe), step=at) for sink in recipe.sinks]
         self.events.step = at
         self.events.write("start", resumed_from=str(parent) if parent else None)
 
@@ -132,15 +157,20 @@ class Records:
         """Write everything out, close the sinks, draw the curves; `finish` waits for the last checkpoint."""
         self.report.end()
         finish()
+        for (axis, operation), bill in self.built.wire.bills.items():
+            self.events.write("sent", axis=axis, operation=operation, calls=bill.calls, bytes=round(bill.bytes))
         self.metrics.flush()
         self.samples.flush()
         self.events.flush()
         for sink in self._sinks:
             sink.close()
-        draw(self.folder)
+        if self.first:
+            draw(self.folder)
 
     def summarise(self, progress: Progress) -> None:
         """Write summary.json: the run is done."""
+        if not self.first:
+            return
         self.note_cost(progress)
         recipe = self.built.recipe
         last: Row = {}

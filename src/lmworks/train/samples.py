@@ -19,7 +19,7 @@ def _tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def must_fit_positions(model: Backbone, tokenizer: Tokenizer, settings: Samples) -> None:
     """Raise RecipeError when a prompt is longer than the model's position table, before anything is trained."""
-    if model.positions is None:
+    if not settings.prompts or model.positions is None:
         return
     room = model.positions.weight.shape[0]
     problems = [

@@ -9,6 +9,10 @@
         manifest.json           size and SHA-256 of each file above; written last: a folder without it is not complete
 
 Everything is written into a hidden temporary folder, synced, and renamed.
+
+Of several ranks each writes what it holds, model-00002-of-00004.safetensors and so on, with the place of each piece in
+the file's header. Nobody gathers anything: every rank leaves a list of its files, and the first one writes the manifest
+when all lists are there. Any other number of ranks can read them, and take its own pieces.
 """
 
 from __future__ import annotations
@@ -16,23 +20,27 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lmworks.core import files
 from lmworks.core.errors import CheckpointError
 from lmworks.core.recipe import PositiveInt, differences
 from lmworks.model.checkpoint import complete, refused, step_of, verify
+from lmworks.model.pieces import Box, Pieces, header
 
 FORMAT = 2
 TENSOR_FILES = ("model", "optimizer", "selector", "random")
+PATIENCE_MINUTES = 30
+"""How long the first rank waits for the others' files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +63,22 @@ class Snapshot:
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
+    boxes: Mapping[str, Mapping[str, Box]] = field(default_factory=dict)
+    """By file and name, where a tensor lies in the whole one; those that are not named are whole."""
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run, as one of its ranks sees them: `seat` = (rank, ranks)."""
 
-    def __init__(self, folder: Path, saving: Saving) -> None:
+    def __init__(self, folder: Path, saving: Saving, seat: tuple[int, int] = (0, 1)) -> None:
         self.folder = folder
         self._saving = saving
+        self._seat = seat
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
+        if seat[0] == 0:
+            for leftover in folder.glob(".writing-*"):
+                shutil.rmtree(leftover)
 
     def forget_after(self, step: int) -> list[int]:
         """Delete the checkpoints of later steps, which a run that goes on from `step` left behind; their steps.
@@ -85,7 +97,7 @@ class Checkpoints:
             self._write(step, snapshot)
             return
         held = {name: {k: _held(v) for k, v in tensors.items()} for name, tensors in snapshot.tensors.items()}
-        copy = Snapshot(tensors=held, state=json.loads(json.dumps(snapshot.state)))
+        copy = Snapshot(tensors=held, state=json.loads(json.dumps(snapshot.state)), boxes=snapshot.boxes)
         self._thread = threading.Thread(target=self._guarded, args=(step, copy), name="checkpoint", daemon=False)
         self._thread.start()
 
@@ -107,15 +119,19 @@ class Checkpoints:
     def _write(self, step: int, snapshot: Snapshot) -> None:
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".writing-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        if self._seat == (0, 1):
+            shutil.rmtree(temporary, ignore_errors=True)
         try:
-            write(temporary, snapshot)
+            write(temporary, snapshot, self._seat)
+            if self._seat[0] > 0:
+                return  # the first rank goes on when all have come so far
             if final.exists():  # from an attempt that went further than the checkpoint this one resumed from
                 _remove(final)
             temporary.rename(final)
             files.sync(self.folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self._seat[0] == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"could not be written: {files.why_not_written(error)}",
                 where=str(final),
@@ -130,20 +146,58 @@ class Checkpoints:
             _remove(path)
 
 
-def write(folder: Path, snapshot: Snapshot) -> None:
-    """Write one checkpoint folder, every file synced, the manifest last."""
-    folder.mkdir(parents=True)
+def write(folder: Path, snapshot: Snapshot, seat: tuple[int, int] = (0, 1)) -> None:
+    """Write what one of the ranks holds, every file synced, and the list of it; the first rank adds the manifest when
+    all lists are there."""
+    rank, ranks = seat
+    folder.mkdir(parents=True, exist_ok=ranks > 1)
+    suffix = "" if ranks == 1 else f"-{rank + 1:05d}-of-{ranks:05d}"
+    try:
+        listed = _write_files(folder, snapshot, suffix=suffix, with_state=rank == 0)
+    except (OSError, SafetensorError) as error:
+        files.write_json(folder / f"failed-{rank}.json", {"why": str(error)})
+        raise
+    files.write_json(folder / f"listed-{rank}.json", listed)
+    if rank == 0:
+        files.write_json(folder / "manifest.json", {"format": FORMAT, "files": _joined(folder, ranks)})
+        files.sync(folder)
+
+
+def _joined(folder: Path, ranks: int) -> dict[str, Any]:
+    """The lists of all ranks, which are waited for. Raises OSError when one could not write."""
+    until = time.monotonic() + 60 * PATIENCE_MINUTES
     listed: dict[str, dict[str, Any]] = {}
+    for rank in range(ranks):
+        path = folder / f"listed-{rank}.json"
+        while not path.exists():
+            failed = list(folder.glob("failed-*.json"))
+            if failed:
+                why = json.loads(failed[0].read_text(encoding="utf-8"))["why"]
+                raise OSError(f"rank {failed[0].stem.partition('-')[2]}: {why}")
+            if time.monotonic() > until:
+                raise OSError(f"rank {rank} has not written its part in {PATIENCE_MINUTES} minutes")
+            time.sleep(0.02)
+        listed |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return dict(sorted(listed.items()))
+
+
+def _write_files(folder: Path, snapshot: Snapshot, *, suffix: str, with_state: bool) -> dict[str, dict[str, Any]]:
+    """The files of a snapshot, synced; their sizes and hashes by name."""
+    written = []
     for name, tensors in snapshot.tensors.items():
-        path = folder / f"{name}.safetensors"
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+        if suffix and not tensors:
+            continue
+        path = folder / f"{name}{suffix}.safetensors"
+        places = header(snapshot.boxes.get(name, {}))
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, metadata=places or None)
         files.sync(path)
-        listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
-    path = folder / "state.json"
-    files.write_json(path, snapshot.state)
-    listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
-    files.write_json(folder / "manifest.json", {"format": FORMAT, "files": listed})
-    files.sync(folder)
+        written.append(path)
+    if with_state:
+        path = folder / "state.json"
+        files.write_json(path, snapshot.state)
+        written.append(path)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)} for path in written}
 
 
 def _remove(path: Path) -> None:
@@ -155,24 +209,45 @@ def _doomed(path: Path) -> Path:
     return path.rename(path.with_name(f".writing-old-{path.name}"))
 
 
+class Stored:
+    """A checkpoint on disk. Of several ranks each verifies its share of the files.
+
+    Raises CheckpointError that names the damaged file and the checkpoint before it.
+    """
+
+    def __init__(self, folder: Path, seat: tuple[int, int] = (0, 1)) -> None:
+        manifest = verify(folder, [])
+        if manifest.get("format") != FORMAT:
+            raise refused(folder, f"has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+        names = sorted(manifest["files"])
+        verify(folder, names[seat[0] :: seat[1]])
+        self.folder = folder
+        self._names = names
+        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+    def pieces(self, kind: str) -> Pieces:
+        """The tensors of one kind: 'model', 'optimizer', 'selector' or 'random'."""
+        suited = (f"{kind}.", f"{kind}-")
+        return Pieces([self.folder / n for n in self._names if n.endswith(".safetensors") and n.startswith(suited)])
+
+
 def read(folder: Path) -> Snapshot:
-    """Read and verify a checkpoint. Raises CheckpointError that names the damaged file and the checkpoint before it."""
-    manifest = verify(folder)
-    if manifest.get("format") != FORMAT:
-        raise refused(folder, f"has format {manifest.get('format')!r}; this version reads format {FORMAT}")
-    names = [name for name in TENSOR_FILES if f"{name}.safetensors" in manifest["files"]]
-    tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
-    return Snapshot(tensors=tensors, state=json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    """Read and verify a whole checkpoint. Raises CheckpointError as `Stored` does."""
+    stored = Stored(folder)
+    return Snapshot(tensors={kind: stored.pieces(kind).all() for kind in TENSOR_FILES}, state=stored.state)
 
 
-def must_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where: str) -> None:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def must_fit(found: Shapes, wanted: Shapes, *, where: str) -> None:
     """Raise CheckpointError when names or shapes of a checkpoint are not those of the model."""
     lines = [f"missing: {name}" for name in wanted if name not in found]
     lines += [f"not in this model: {name}" for name in found if name not in wanted]
     lines += [
-        f"{name}: {list(found[name].shape)} there, {list(wanted[name].shape)} in this model"
+        f"{name}: {list(found[name])} there, {list(wanted[name])} in this model"
         for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
+        if name in found and found[name] != wanted[name]
     ]
     if lines:
         shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")

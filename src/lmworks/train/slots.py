@@ -121,6 +121,9 @@ class Selector(ABC):
 class Selecting(ABC):
     """A selector's settings, which start the running selector."""
 
+    row_by_row: ClassVar[bool] = False
+    """Whether a row is chosen whatever the other rows are, so that each rank may choose among its own."""
+
     @abstractmethod
     def start(self, model: Backbone, optimizer: Optimizer, sources: Mapping[str, float]) -> Selector:
         """A selector that has seen nothing yet. `sources`: each reader's name and its share of the rows, in order."""
@@ -130,6 +133,9 @@ class Selecting(ABC):
 @dataclass(frozen=True, kw_only=True)
 class SelectAll(Selecting):
     """Every row that was drawn."""
+
+    row_by_row: ClassVar[bool] = True
+    """All of them."""
 
     def start(self, model: Backbone, optimizer: Optimizer, sources: Mapping[str, float]) -> Selector:
         """A selector that takes all."""
@@ -192,6 +198,9 @@ class Update(ABC):
 
 class Optimizer(ABC):
     """How gradients change weights: the settings, which build an Update."""
+
+    value_by_value: ClassVar[bool] = False
+    """Whether a value's update hangs on its own gradients only, so that each rank may update its part of a matrix."""
 
     @abstractmethod
     def build(self, model: Backbone) -> Update:

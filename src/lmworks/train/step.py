@@ -1,11 +1,13 @@
-"""One optimizer step: draw, select, count, run, finish, guard, update. It names no method and knows no layout."""
+"""One optimizer step: draw, select, count, run, finish, guard, update. It names no method and no axis of a layout.
+
+On several ranks each one draws its own rows; counts, loss and norm are those of all rows on every rank.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from lmworks.core.errors import NonFinite
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.head import IGNORE
+from lmworks.parallel.apply import Placement
 from lmworks.train.probe import Probe
-from lmworks.train.slots import Gradient, Objective, Selector, Source, Update, combined, divisors
+from lmworks.train.slots import Gradient, Objective, Selector, Source, Update, combined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class StepResult:
 class Step:
     """The slots of a run, wired. Calling it makes one optimizer step."""
 
-    model: Backbone
+    placement: Placement
     source: Source
     selector: Selector
     objective: Objective
@@ -48,61 +51,70 @@ class Step:
     update: Update
     probe: Probe
     rows: int
-    """Rows of one optimizer step."""
+    """Rows of one optimizer step, over all ranks."""
     micro_rows: int
-    """Rows of one forward pass; the last one may be smaller."""
-    device: torch.device
+    """Rows of one forward pass on one rank; the last one may be smaller."""
 
     def __call__(self) -> StepResult:
-        """Make one step. Raises NonFinite, with nothing updated, when loss or gradient is inf or nan."""
+        """One step. Raises NonFinite, on all ranks and with nothing updated, when loss or gradient is not finite."""
+        placement = self.placement
         self.probe.begin()
-        drawn = self.source.draw(self.selector.candidates(self.rows)).to(self.device)
-        batch = self.selector.select(drawn, self.rows, self.probe)
+        drawn = self.source.draw(self.selector.candidates(self.rows)).to(placement.device)
+        batch = self.selector.select(drawn, self.rows // placement.share[1], self.probe)
         self.probe.batch = batch
-        counts = divisors(self.objective, batch)
+        counts, facts = self._count(batch)
         self.update.zero_grad()
         with ExitStack() as stack:
+            stack.enter_context(placement.balanced(self.rows))
             for stage in self.gradient:
-                stack.enter_context(stage.around(self.model))
-            loss = accumulate(self.model, self.objective, batch.split(self.micro_rows), counts)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                stack.enter_context(stage.around(placement.model))
+            own_loss = accumulate(placement, self.objective, batch.split(self.micro_rows), counts)
+        parameters = [p for p in placement.model.parameters() if p.grad is not None]
+        norm, (loss,) = placement.norm_and(parameters, own_loss[None])
         guard(loss, norm)
         extra: dict[str, Tensor] = {}
         for stage in self.gradient:
             extra |= stage.finish(parameters, norm)
         self.update.step(self.probe)
+        extra |= placement.after_update()
         return StepResult(
             loss=float(loss),
             grad_norm=float(norm),
-            targets=int((batch.targets_BT != IGNORE).sum()),
-            units=self._units(batch, counts),
-            passes=3.0 * batch.tokens_BT.numel() + self.probe.booked,
+            targets=facts["targets"],
+            units={name: facts[name] for name in counts},
+            passes=3.0 * facts["tokens"] + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
         )
 
-    def _units(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, int]:
-        """Whole units, where the divisors are weighted too."""
-        if batch.weights_B is not None:
-            counts = self.objective.count(dataclasses.replace(batch, weights_B=None))
-        return {name: int(count) for name, count in counts.items()}
+    def _count(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What each component is divided by over the whole step; for the record, tokens, targets and whole units."""
+        counts = self.objective.count(batch)
+        units = counts if batch.weights_B is None else self.objective.count(replace(batch, weights_B=None))
+        targets = (batch.targets_BT != IGNORE).sum()
+        vector = torch.stack([*(value.double() for value in (*counts.values(), *units.values(), targets))])
+        summed = self.placement.total_of_rows(vector)
+        of_all = {name: x.to(kind.dtype).clamp(min=1) for (name, kind), x in zip(counts.items(), summed, strict=False)}
+        whole = [round(x) for x in summed[len(counts) :].tolist()]
+        tokens = batch.tokens_BT.numel() * self.placement.share[1]
+        return of_all, {
+            **dict(zip(units, (max(1, x) for x in whole), strict=False)),
+            "targets": whole[-1],
+            "tokens": tokens,
+        }
 
 
 def accumulate(
-    model: Backbone, objective: Objective, micro_batches: Sequence[Batch], counts: dict[str, Tensor]
+    placement: Placement, objective: Objective, micro_batches: Sequence[Batch], counts: dict[str, Tensor]
 ) -> Tensor:
-    """Forward and backward over the micro-batches; gradients add up in `.grad`. Returns the step's loss (scalar).
+    """Forward and backward over this rank's micro-batches; gradients add up in `.grad`. Returns its loss (scalar).
 
     Each component is divided by its count over the *whole* step, so any split gives the same gradient.
     """
-    total: Tensor | None = None
-    for micro in micro_batches:
-        parts = objective.loss(model, micro)
-        loss = combined(parts, counts)
-        torch.autograd.backward(loss)
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None, "a step has at least one micro-batch"
-    return total
+
+    def loss_of(model: Backbone, micro: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+        return combined(objective.loss(model, micro, hidden_BTD), counts)
+
+    return placement.backward(micro_batches, loss_of)
 
 
 def guard(loss: Tensor, norm: Tensor) -> None:

@@ -1,0 +1,73 @@
+"""lmworks rehearse RECIPE: run a recipe's layout with small widths on this machine, and hold it against one process."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def rehearse(
+    recipe: Annotated[str, typer.Argument(help="A training recipe, or the name of a shipped one.")],
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks of the real run. Default: as many as the layout's axes say.", min=1)
+    ] = None,
+    most: Annotated[int, typer.Option(help="Processes to start at most; degrees become 2 until they fit.", min=1)] = 8,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; may be given many times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run the layout of a recipe at toy size: same axes, stages, schedule and parts; is it what one process computes?
+
+    Exit code 0: losses, gradients and bytes are as they should be; 4: they are not.
+
+    Example: lmworks rehearse quickstart --ranks 8 --set layout.tp=2 --set layout.pp=2 --set micro_batch_size=1
+    """
+    import dataclasses
+
+    from lmworks.cli.console import say
+    from lmworks.core import recipe as recipes
+    from lmworks.core.errors import RecipeError
+    from lmworks.parallel.layout import problems_of
+    from lmworks.train import rehearse as rehearsal
+
+    decoded = recipes.load(recipe, verb="train", sets=set_ or [])
+    layout = decoded.layout.settle(ranks or decoded.layout.others * (decoded.layout.dp_shard or 1))
+    decoded = dataclasses.replace(decoded, layout=layout)
+    if problems := problems_of(decoded):
+        raise RecipeError(problems)
+    scene, said = rehearsal.small(decoded, layout, most=most)
+    if not as_json:
+        say(f"asked for: {layout.ranks} ranks ({rehearsal.described(layout)})")
+        say(f"rehearsed: {scene.layout.ranks} ranks ({rehearsal.described(scene.layout)})")
+        for line in said:
+            say(f"  smaller: {line}")
+    verdict = rehearsal.rehearse(scene)
+    if as_json:
+        facts = dataclasses.asdict(verdict) | {"equal": verdict.equal, "billed": verdict.billed}
+        facts |= {"ranks": scene.layout.ranks, "layout": dataclasses.asdict(scene.layout), "smaller": said}
+        typer.echo(json.dumps(facts))
+    else:
+        _print(verdict)
+    if not (verdict.equal and verdict.billed):
+        raise typer.Exit(4)
+
+
+def _print(verdict: object) -> None:
+    """The comparison, the bytes, and one sentence."""
+    from lmworks.train.rehearse import EQUAL, STEPS, Verdict
+
+    assert isinstance(verdict, Verdict)
+    typer.echo(f"losses of {STEPS} steps     differ by {verdict.loss:.1e} of their size (equal below {EQUAL:.0e})")
+    typer.echo(f"gradients of step 1  differ by {verdict.gradient:.1e}")
+    for name in verdict.missing:
+        typer.echo(f"  no rank holds all of {name}")
+    typer.echo("bytes sent in a step, all ranks:")
+    for axis in sorted(set(verdict.sent) | set(verdict.expected)):
+        counted, formula = verdict.sent.get(axis, 0.0), verdict.expected.get(axis, 0.0)
+        typer.echo(f"  {axis:12}  counted {counted:12,.0f}  by formula {formula:12,.0f}")
+    right = "The layout computes what one process computes" if verdict.equal else "The layout does NOT compute it"
+    bill = "and sends what the formulas say" if verdict.billed else "and does NOT send what the formulas say"
+    typer.echo(f"{right}, {bill}.")

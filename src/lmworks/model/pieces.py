@@ -1,0 +1,134 @@
+"""Tensors in pieces: files of which each holds a part of some tensors, and reading any part of them.
+
+A checkpoint of several ranks has one file per rank. Its header says where in the whole tensor each piece lies, so a
+reader with other ranks, or one process that wants everything, reads just the bytes that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lmworks.core.errors import CheckpointError
+
+BOXES = "boxes"
+"""The key of a file's header under which the boxes of its pieces stand, as JSON: name -> [whole shape, offsets]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A part of a whole tensor: `lengths` entries from `offsets` on, dim by dim."""
+
+    whole: tuple[int, ...]
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """whole[index] is the part."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.lengths, strict=True))
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing in it: more ranks than rows."""
+        return 0 in self.lengths
+
+    def narrowed(self, dim: int, offset: int, length: int) -> Box:
+        """The part of this part from `offset` on along `dim`."""
+        offsets, lengths = list(self.offsets), list(self.lengths)
+        offsets[dim] += offset
+        lengths[dim] = length
+        return Box(whole=self.whole, offsets=tuple(offsets), lengths=tuple(lengths))
+
+    def common(self, other: Box) -> Box | None:
+        """What both hold; None when nothing."""
+        starts = [max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True)]
+        stops = [min(a.stop, b.stop) for a, b in zip(self.index, other.index, strict=True)]
+        lengths = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        if any(length <= 0 for length in lengths):
+            return None
+        return Box(whole=self.whole, offsets=tuple(starts), lengths=lengths)
+
+    def inside(self, other: Box) -> tuple[slice, ...]:
+        """other's tensor[this] is this box, which lies in it."""
+        return tuple(
+            slice(o - base, o - base + n) for o, base, n in zip(self.offsets, other.offsets, self.lengths, strict=True)
+        )
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """All of a tensor."""
+    return Box(whole=tuple(shape), offsets=(0,) * len(shape), lengths=tuple(shape))
+
+
+def header(boxes: Mapping[str, Box]) -> dict[str, str]:
+    """What a file of these pieces carries in its header; nothing where all are whole."""
+    parts = {name: [box.whole, box.offsets] for name, box in boxes.items() if box.lengths != box.whole}
+    return {BOXES: json.dumps(parts)} if parts else {}
+
+
+class Pieces:
+    """The tensors of one or more files. Raises CheckpointError for a file that is missing, damaged or cut short."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._found: dict[str, list[tuple[Path, Box]]] = {}
+        for path in paths:
+            with opened(path) as file:
+                places = json.loads((file.metadata() or {}).get(BOXES, "{}"))
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    lengths = tuple(file.get_slice(name).get_shape())
+                    whole, offsets = places.get(name, (lengths, (0,) * len(lengths)))
+                    box = Box(whole=tuple(whole), offsets=tuple(offsets), lengths=lengths)
+                    self._found.setdefault(name, []).append((path, box))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and whole shape of every tensor."""
+        return {name: pieces[0][1].whole for name, pieces in self._found.items()}
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A part of a tensor, or all of it. Raises CheckpointError when the pieces do not cover it."""
+        box = box or whole_box(self._found[name][0][1].whole)
+        out: Tensor | None = None
+        covered = 0
+        for path, piece in self._found[name]:
+            common = box.common(piece) if box.lengths else piece  # a scalar is whole wherever it is
+            if common is None:
+                continue
+            with opened(path) as file:
+                values: Tensor = file.get_slice(name)[common.inside(piece)] if box.lengths else file.get_tensor(name)
+            if common.lengths == box.lengths:
+                return values.contiguous()
+            out = torch.empty(box.lengths, dtype=values.dtype) if out is None else out
+            out[common.inside(box)] = values
+            covered += values.numel()
+        wanted = torch.Size(box.lengths).numel()
+        if covered != wanted or out is None:
+            if wanted == 0:
+                path = self._found[name][0][0]
+                with opened(path) as file:
+                    return torch.empty(box.lengths, dtype=file.get_tensor(name).dtype)
+            raise CheckpointError(
+                f"{covered} of {wanted} values of {name} are there", where=str(self._found[name][0][0].parent)
+            )
+        return out
+
+    def all(self) -> dict[str, Tensor]:
+        """Every tensor, whole."""
+        return {name: self.read(name) for name in self._found}
+
+
+def opened(path: Path) -> Any:
+    """A safetensors file, for reading."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError("is missing", where=str(path)) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"is damaged or cut short: {error}", where=str(path)) from error

@@ -1,0 +1,360 @@
+"""A model on the ranks of a layout: this rank's part of it, and what ranks agree on in a step.
+
+`place` takes a model's shape and gives a Placement, in this order, each step on what the one before left:
+
+    build on meta      nothing is allocated
+    pipeline           the blocks of this rank's stages are kept
+    tensor parallel    matrices become this rank's part
+    saved, compile     what a block keeps, and its compiled form
+    FSDP               each block, then the rest, divided over dp_shard x cp (and repeated over dp_replicate)
+    allocate, fill     from first values by name, or a checkpoint: only this rank's boxes
+
+With one rank nothing is cut and nothing is sent; the code is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lmworks.data.load import Batch
+from lmworks.model import moe
+from lmworks.model.backbone import Backbone
+from lmworks.model.head import accumulate_dtype
+from lmworks.model.pieces import Box, Pieces, whole_box
+from lmworks.parallel import experts, tensor
+from lmworks.parallel.billing import BilledAllGather, BilledReduceScatter, billed_all_reduce
+from lmworks.parallel.context import Context
+from lmworks.parallel.pipeline import Pipeline, held_by, split
+from lmworks.parallel.shard import Cut, boxes, divide, local
+from lmworks.parallel.wire import Wire, alone
+
+LossOf = Callable[..., Tensor]
+"""(model, micro-batch, hidden states or None) -> its loss, divided by the counts of the whole step."""
+
+
+class Placement:
+    """This rank's part of a model. `model` is what optimizers, watchers and probes are given."""
+
+    def __init__(self, chunks: Sequence[Backbone], cuts: Mapping[str, Cut], wire: Wire, device: torch.device) -> None:
+        self.chunks = list(chunks)
+        self.wire = wire
+        self.layout = wire.layout
+        self.device = device
+        self.cuts = dict(cuts)
+        self.model: Backbone = chunks[0] if len(chunks) == 1 else _Chunks(chunks)  # type: ignore[assignment]  # asked for its parameters only
+        self.boxes: dict[str, Box] = {}
+        for chunk in self.chunks:
+            self.boxes |= boxes(chunk, self.cuts, wire)
+        self.context = Context(wire) if wire.size("cp") > 1 else None
+        self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
+        self._holders = {p: math.prod(self.others_alike(name).values()) for name, p in self.model.named_parameters()}
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): this rank reads rows i, i + n, ... of every draw."""
+        return self.wire.place("batch"), self.wire.size("batch")
+
+    @property
+    def with_head(self) -> Backbone | None:
+        """The model that holds the head; None where this rank does not."""
+        return self.chunks[0] if self.pipeline is None else self.pipeline.last
+
+    def fill(self, value: Callable[[str, Box], Tensor]) -> None:
+        """Give every parameter of this rank its values: `value(name, box)` is that part of the whole tensor."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                local(parameter).copy_(value(name, self.boxes[name]))
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def backward(self, micros: Sequence[Batch], loss_of: LossOf) -> Tensor:
+        """Forward and backward over the micro-batches; gradients add up in `.grad`. Returns this rank's loss."""
+        micros = [self.own(micro) for micro in micros]
+        if self.pipeline is not None:
+            total = self.pipeline.backward(micros, loss_of)
+        else:
+            total = torch.zeros((), device=self.device)
+            for i, micro in enumerate(micros):
+                self._sync_at_the_end(i == len(micros) - 1)
+                loss = loss_of(self.chunks[0], micro)
+                torch.autograd.backward(loss)
+                total = total + loss.detach()
+        self._join_gradients()
+        return total
+
+    def own(self, batch: Batch) -> Batch:
+        """This rank's tokens of its rows."""
+        return batch if self.context is None else self.context.own(batch)
+
+    def hidden(self, batch: Batch) -> Tensor | None:
+        """The model's hidden states of this rank's rows and tokens, no gradient; None where the head is elsewhere."""
+        if self.pipeline is not None:
+            return self.pipeline.hidden(batch)
+        with torch.no_grad():
+            result: Tensor = self.chunks[0](
+                batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT
+            )
+        return result
+
+    def total_of_rows(self, x: Tensor) -> Tensor:
+        """Numbers counted on this rank's rows, summed over all rows, in place."""
+        return self.wire.sum(x, "batch")
+
+    def total_of_tokens(self, x: Tensor) -> Tensor:
+        """Numbers counted by the ranks with a head on their tokens, zero elsewhere: summed over all, in place."""
+        return self.wire.sum(x.div_(self.wire.size("tp")), "world")
+
+    def norm_and(self, parameters: Sequence[nn.Parameter], facts: Tensor) -> tuple[Tensor, Tensor]:
+        """The global L2 norm of the gradients, and `facts` [K] of each rank's tokens, summed: one collective."""
+        mine = facts.double() / self.wire.size("tp")
+        if self.with_head is None:
+            mine.zero_()
+        summed = self.wire.sum(torch.cat([self._squares(parameters)[None], mine]), "world")
+        kind = accumulate_dtype(next(self.model.parameters()))
+        return summed[0].sqrt().to(kind), summed[1:].to(kind)
+
+    def _squares(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The sum of squares of this rank's gradients, each divided by the number of ranks that hold the same."""
+        found = [(p, local(p.grad)) for p in parameters if p.grad is not None]
+        if not found:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in found])).double()
+        holders = torch.tensor([self._holders[p] for p, _ in found], dtype=torch.float64, device=self.device)
+        return (norms.square() / holders).sum()
+
+    def others_alike(self, name: str) -> dict[str, int]:
+        """Along which axes other ranks hold the same values of a parameter, and how many ranks hold them."""
+        axes, cut = ["dp_replicate"], self.cuts.get(name)
+        if cut is not None and cut.axis == "ep":
+            axes.append("edp")
+        elif not isinstance(self.model.get_parameter(name), DTensor):
+            axes.append("fsdp")
+        if cut is None:
+            axes.append("tp")
+        if self._at_both_ends(name):
+            axes.append("ends")
+        return {axis: self.wire.size(axis) for axis in axes}
+
+    def first_holder(self, name: str) -> bool:
+        """Whether this rank is the first of those that hold the same values: the one that saves them."""
+        return not any(self.wire.place("pp" if axis == "ends" else axis) for axis in self.others_alike(name))
+
+    # --- experts ----------------------------------------------------------------------------------------------------
+
+    def balanced(self, rows: int) -> AbstractContextManager[None]:
+        """Around the passes of a step over `rows` rows: experts' loads are counted and their aux loss enters."""
+        return moe.balanced(self.model, rows=rows)
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Move the experts' biases; how even the load was, over all stages. Nothing for a model without experts."""
+        if getattr(self.chunks[0].config, "experts", None) is None:
+            return {}
+        columns = moe.after_update(self.model, lambda x: self.wire.sum(x, "loss"))
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        found = {name: columns.get(name, none).double() for name in ("experts/max_load", "experts/aux_loss")}
+        same = self.layout.ranks // self.layout.pp  # ranks of one stage hold one figure
+        return {
+            "experts/max_load": self.wire.maximum(found["experts/max_load"], "world"),
+            "experts/aux_loss": self.wire.sum(found["experts/aux_loss"] / same, "world"),
+        }
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def values(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint keeps of the model: parameters and persistent buffers of this rank by name."""
+        return {name: value for chunk in self.chunks for name, value in chunk.state_dict().items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of the whole model, and of this rank's buffers."""
+        buffers = {name: tuple(value.shape) for name, value in self.values().items() if name not in self.boxes}
+        return dict(self.chunks[0].config.shapes()) | buffers
+
+    def saved(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Box]]:
+        """Of tensors named 'parameter' or 'parameter/state': those that this rank saves, and where they lie.
+
+        A tensor that is not as large as its parameter, such as a step count, is whole on every rank.
+        """
+        mine, where = {}, {}
+        first = not any(self.wire.place(axis) for axis in ("dp_replicate", "fsdp", "tp"))
+        for name, either in tensors.items():
+            parameter = name if name in self.boxes else name.rpartition("/")[0]
+            box, value = self.boxes.get(parameter), local(either)
+            if box is None:
+                holds, part = first, whole_box(value.shape)
+            elif tuple(value.shape) == box.lengths:
+                holds, part = self.first_holder(parameter) and not box.empty, box
+            else:
+                holds, part = self.first_holder(parameter) and not any(box.offsets), whole_box(value.shape)
+            if holds:
+                mine[name], where[name] = value, part
+        return mine, where
+
+    def load(self, stored: Pieces) -> None:
+        """Take this rank's parts of a model's tensors."""
+        self.fill(stored.read)
+        with torch.no_grad():
+            for name, value in self.values().items():
+                if name not in self.boxes:
+                    value.copy_(stored.read(name))
+
+    def states(self, stored: Pieces, parameters: Collection[str]) -> dict[str, Tensor]:
+        """This rank's parts of an optimizer's tensors, 'parameter/state'; `parameters`: names in the whole model."""
+        found = {}
+        for name, shape in stored.shapes().items():
+            parameter = name.rpartition("/")[0]
+            if parameter in self.boxes:
+                box = self.boxes[parameter]
+                found[name] = stored.read(name, box if shape == box.whole else None)
+            elif parameter not in parameters:
+                found[name] = stored.read(name)
+        return found
+
+    # --- gradients that FSDP does not know of -----------------------------------------------------------------------
+
+    def _sync_at_the_end(self, last: bool) -> None:
+        """Gradients are exchanged once a step, with the last micro-batch; a pipeline's schedule does it by itself."""
+        for chunk in self.chunks:
+            if isinstance(chunk, FSDPModule) and self.pipeline is None:
+                chunk.set_requires_gradient_sync(last)
+                chunk.set_is_last_backward(last)
+
+    def _join_gradients(self) -> None:
+        """Sum what tp ranks have a part of each, and a tied token table that stands at both ends of a pipeline."""
+        named = dict(self.model.named_parameters())
+        if self.wire.size("tp") > 1:
+            divided = self.layout.sequence_parallel
+            partial = [
+                local(p.grad)
+                for name, p in named.items()
+                if p.grad is not None and name not in self.cuts and tensor.partial_over_tp(name, tokens_divided=divided)
+            ]
+            self._sum_together(partial, "tp")
+        cut = [local(p.grad) for name, p in named.items() if p.grad is not None and self._by_expert(name)]
+        for axis in ("edp", "dp_replicate"):
+            if self.wire.size(axis) > 1:
+                self._sum_together(cut, axis)
+        table = named.get("embed.weight")
+        if table is not None and table.grad is not None and self._at_both_ends("embed.weight"):
+            self.wire.sum(local(table.grad), "ends" if self.wire.size("pp") > 2 else "pp")
+
+    def _sum_together(self, tensors: Sequence[Tensor], axis: str) -> None:
+        """Sum several tensors over an axis by one collective."""
+        if not tensors:
+            return
+        flat = torch.cat([x.flatten() for x in tensors])
+        self.wire.sum(flat, axis)
+        for x, summed in zip(tensors, torch.split(flat, [x.numel() for x in tensors]), strict=True):
+            x.copy_(summed.view_as(x))
+
+    def _by_expert(self, name: str) -> bool:
+        """Whether this rank holds some of the experts, of which FSDP does not know."""
+        return name in self.cuts and self.cuts[name].axis == "ep"
+
+    def _at_both_ends(self, name: str) -> bool:
+        """Whether a parameter stands on the first and on the last rank of the pipeline."""
+        if self.pipeline is None or name != "embed.weight" or not self.chunks[0].config.tied:
+            return False
+        return not self.layout.both_ends_on_one_rank
+
+
+class _Chunks(nn.ModuleList):
+    """Several stages of one rank, with the names that their parameters have in the whole model."""
+
+    def __init__(self, chunks: Sequence[Backbone]) -> None:
+        super().__init__(chunks)
+        self.config = chunks[0].config
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        """As nn.Module's, without the number of the stage."""
+        seen: set[int] = set()
+        for chunk in self:
+            for name, parameter in chunk.named_parameters(prefix, recurse, remove_duplicate):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter by its name in the whole model."""
+        found: nn.Parameter = dict(self.named_parameters())[target]
+        return found
+
+
+def place(
+    config: Any,
+    wire: Wire,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    sequence: int,
+    arrange: Callable[[Backbone], None] = lambda model: None,
+    param_dtype: torch.dtype = torch.float32,
+) -> Placement:
+    """This rank's part of a model of that shape, allocated and not yet filled. `arrange`: saved policy and compile."""
+    layout = wire.layout
+    wholes = [range(config.n_layers)]
+    stages = split(config, layout, sequence=sequence) if layout.pp > 1 else wholes
+    held = held_by(layout, wire.place("pp")) if layout.pp > 1 else [0]
+    chunks: list[Backbone] = []
+    cuts: dict[str, Cut] = {}
+    for stage in held:
+        chunk = config.build(dtype=dtype, device="meta", param_dtype=param_dtype)
+        if layout.pp > 1:
+            chunk.keep_stage(stages[stage], first=stage == 0, last=stage == layout.stages - 1)
+        cuts |= (own := tensor.cuts_for(chunk, wire) | experts.cuts_for(chunk, wire))
+        divide(chunk, own)
+        tensor.connect(chunk, own, wire, tokens_divided=layout.sequence_parallel)
+        experts.connect(chunk, wire)
+        if layout.cp > 1:
+            chunk.reach = Context(wire)
+        arrange(chunk)
+        chunks.append(chunk)
+    if len(chunks) > 1 and config.tied and held[0] == 0 and held[-1] == layout.stages - 1:
+        chunks[-1].embed = chunks[0].embed  # both ends of a V: one table, one gradient
+    if layout.size("fsdp") * layout.dp_replicate > 1:
+        for chunk in chunks:
+            _shard(chunk, wire, device, dtype, {name for name, cut in cuts.items() if cut.axis == "ep"})
+    for chunk in chunks:
+        chunk.to_empty(device=device)
+    return Placement(chunks, cuts, wire, device)
+
+
+def whole(model: Backbone) -> Placement:
+    """A model that one rank holds as it is."""
+    return Placement([model], {}, alone(), next(model.parameters()).device)
+
+
+def _shard(chunk: Backbone, wire: Wire, device: torch.device, dtype: torch.dtype, apart: Collection[str]) -> None:
+    """FSDP2 over each block and over the rest, all but the parameters `apart` and those that are not trained.
+
+    Losses are sums of shares, so gradients are summed, not averaged.
+    """
+    layout = wire.layout
+    sizes = (layout.pp, layout.dp_replicate, layout.size("fsdp"), layout.tp)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    over = mesh["dp_replicate", "fsdp"] if layout.dp_replicate > 1 else mesh["fsdp"]
+    alone = {p for name, p in chunk.named_parameters() if name in apart or not p.requires_grad}
+    reshard = layout.reshard if layout.reshard is not None else layout.pp == 1
+    gathered = dtype if dtype.itemsize < 4 else None  # weights travel in the precision they are used in
+    precision = MixedPrecisionPolicy(
+        param_dtype=gathered, reduce_dtype=torch.float32 if gathered is not None else None, cast_forward_inputs=False
+    )
+    for block in chunk.blocks.values():
+        fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=reshard, ignored_params=alone)
+    fully_shard(chunk, mesh=over, mp_policy=precision, reshard_after_forward=False, ignored_params=alone)
+    for module in chunk.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_all_gather(BilledAllGather(wire))
+            module.set_custom_reduce_scatter(BilledReduceScatter(wire))
+            if layout.dp_replicate > 1:
+                module.set_all_reduce_hook(billed_all_reduce(wire))

@@ -1,0 +1,286 @@
+"""A layout: how many ranks stand on each axis. It is read, checked and compared without starting a process.
+
+    axis          what is divided among its ranks                      what they exchange
+    pp            blocks, in order: a pipeline's stages                hidden states, and their gradients
+    dp_replicate  rows; every rank holds the same weights              gradients
+    dp_shard      rows, and weights, gradients, optimizer state        weights and gradients (FSDP, ZeRO-3)
+    cp            the tokens of a row                                  keys and values
+    tp            heads, FFN width, vocabulary                         hidden states, twice in every block
+    ep            experts; its ranks are neighbours on dp_shard x cp   tokens
+
+The number of ranks is the product of all axes but ep. Ranks count with tp fastest, then cp, dp_shard, dp_replicate, pp:
+ranks that speak most are neighbours. Three views join axes: batch = dp_replicate x dp_shard (who reads which rows),
+fsdp = dp_shard x cp (who shards weights), loss = batch x cp (over whom losses are summed). edp are the ranks of fsdp
+that hold the same experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from lmworks.core.errors import LmworksError, Problem, RecipeError
+from lmworks.core.recipe import PositiveInt
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""From the slowest to the fastest in the order of ranks."""
+VIEWS = {
+    "batch": ("dp_replicate", "dp_shard"),
+    "fsdp": ("dp_shard", "cp"),
+    "loss": ("dp_replicate", "dp_shard", "cp"),
+    "world": AXES,
+}
+"""Neighbouring axes under one name."""
+Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble-v", "dualpipe-v"]
+V_SHAPED = ("zero-bubble-v", "dualpipe-v")
+"""Schedules whose ranks hold two stages each, one on the way down and one on the way back up."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many ranks stand on each axis, and how a pipeline is run."""
+
+    pp: PositiveInt = 1
+    """Pipeline parallel: ranks that hold successive blocks."""
+    dp_replicate: PositiveInt = 1
+    """Data parallel: ranks that hold the same weights and train on other rows."""
+    dp_shard: PositiveInt | None = None
+    """Fully sharded data parallel: ranks that train on other rows and hold a part of the weights each. Left out: all
+    ranks that the other axes leave."""
+    cp: PositiveInt = 1
+    """Context parallel: ranks that hold other tokens of the same rows."""
+    tp: PositiveInt = 1
+    """Tensor parallel: ranks that hold other heads, other FFN columns and other vocabulary of the same blocks."""
+    ep: PositiveInt = 1
+    """Expert parallel: ranks that hold other experts. They are among those of dp_shard x cp, and no further ranks."""
+    sequence_parallel: bool = False
+    """Between the products of tp, divide the tokens among its ranks instead of repeating them."""
+    schedule: Schedule = "1f1b"
+    """The order in which a pipeline's micro-batches go forward and backward."""
+    stages_per_rank: PositiveInt | None = None
+    """Stages that each rank of the pipeline holds. Left out: 1; 2 where the schedule has several."""
+    split: tuple[PositiveInt, ...] | None = None
+    """Blocks of each stage, in order. Left out: the split whose dearest stage is cheapest, head counted."""
+    reshard: bool | None = None
+    """Give a block's gathered weights back after its forward pass, and gather them again for the backward pass. Left
+    out: true without a pipeline; false with one, where every micro-batch would gather anew."""
+
+    def check(self, recipe: Any) -> Iterator[Problem]:
+        """Settings without effect, and what the model, the batch and the other parts cannot do."""
+        yield from self._alone()
+        yield from _model(self, recipe)
+        yield from _batch(self, recipe)
+        yield from _parts(self, recipe)
+
+    def _alone(self) -> Iterator[Problem]:
+        if self.sequence_parallel and self.tp == 1:
+            yield Problem(path="sequence_parallel", text="has no effect with tp = 1")
+        if self.pp == 1:
+            for name, default in (("schedule", "1f1b"), ("stages_per_rank", None), ("split", None)):
+                if getattr(self, name) != default:
+                    yield Problem(path=name, text="has no effect with pp = 1")
+            return
+        held = self.stages_per_rank
+        if self.schedule in V_SHAPED and held not in (None, 2):
+            yield Problem(path="stages_per_rank", text=f"is {held}; {self.schedule} has 2")
+        if self.schedule in ("gpipe", "1f1b") and held not in (None, 1):
+            yield Problem(path="stages_per_rank", text=f"is {held}; {self.schedule} has 1. interleaved-1f1b has more")
+        if self.schedule == "interleaved-1f1b" and held == 1:
+            yield Problem(path="stages_per_rank", text="is 1, which is 1f1b; interleaved-1f1b takes 2 or more")
+        if self.split is not None and len(self.split) != self.stages:
+            yield Problem(path="split", text=f"has {len(self.split)} entries; this pipeline has {self.stages} stages")
+
+    @property
+    def held(self) -> int:
+        """Stages on each rank of the pipeline."""
+        return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the whole pipeline; 1 without one."""
+        return self.pp * self.held if self.pp > 1 else 1
+
+    @property
+    def both_ends_on_one_rank(self) -> bool:
+        """Whether the first and the last stage of the pipeline are held by the same rank."""
+        return self.pp == 1 or self.schedule in V_SHAPED
+
+    @property
+    def settled(self) -> bool:
+        """Whether every degree is known."""
+        return self.dp_shard is not None
+
+    @property
+    def others(self) -> int:
+        """The product of all axes but dp_shard."""
+        return self.pp * self.dp_replicate * self.cp * self.tp
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks. `settle` first where dp_shard is left out."""
+        assert self.dp_shard is not None, "the layout is settled"
+        return self.others * self.dp_shard
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis or a view."""
+        if axis in VIEWS:
+            return math.prod(self.size(part) for part in VIEWS[axis])
+        if axis == "edp":
+            return self.size("fsdp") // self.ep
+        size = getattr(self, axis)
+        assert isinstance(size, int), "the layout is settled"
+        return size
+
+    def place(self, rank: int, axis: str) -> int:
+        """Where a rank stands along an axis or a view."""
+        if axis in ("ep", "edp"):
+            here = self.place(rank, "fsdp")
+            return here % self.ep if axis == "ep" else here // self.ep
+        if axis in VIEWS:
+            place = 0
+            for part in VIEWS[axis]:
+                place = place * self.size(part) + self.place(rank, part)
+            return place
+        for name in reversed(AXES):
+            size = self.size(name)
+            if name == axis:
+                return rank % size
+            rank //= size
+        raise KeyError(axis)
+
+    def settle(self, world: int) -> Layout:
+        """The layout with dp_shard filled in. Raises RecipeError, with the nearest legal layout, when `world` ranks
+        cannot be arranged so."""
+        others = self.others
+        if self.dp_shard is None and world % others == 0:
+            return dataclasses.replace(self, dp_shard=world // others)
+        if self.dp_shard is not None and self.ranks == world:
+            return self
+        shard = "" if self.dp_shard is None else f" x dp_shard {self.dp_shard}"
+        axes = " x ".join(f"{a} {self.size(a)}" for a in AXES if a != "dp_shard" and self.size(a) > 1)
+        product = others * (self.dp_shard or 1)
+        text = (
+            f"{axes or 'all axes 1'}{shard} = {product} ranks{' or a multiple' if self.dp_shard is None else ''}, "
+            f"but {world} were started. {self._nearest(world)}"
+        )
+        raise RecipeError([Problem(path="layout", text=text)])
+
+    def _nearest(self, world: int) -> str:
+        """What to change: the largest degrees below those asked for that divide what is there."""
+        left, kept = world, {}
+        for axis in ("tp", "pp", "cp", "dp_replicate"):
+            kept[axis] = math.gcd(left, self.size(axis))
+            left //= kept[axis]
+        named = ", ".join(f"{axis} = {size}" for axis, size in kept.items() if size > 1)
+        legal = f"{named}, dp_shard = {left}" if named else f"dp_shard = {left}"
+        start = self.others * (self.dp_shard or 1)
+        return f"Legal with {world}: {legal}; or start {start} ranks: lmworks launch RECIPE --local {start}"
+
+
+def problems_of(recipe: Any) -> list[Problem]:
+    """What is wrong with a recipe's settled layout, with paths in the recipe."""
+    return [Problem(path=f"layout.{p.path}".rstrip("."), text=p.text) for p in recipe.layout.check(recipe)]
+
+
+def _model(layout: Layout, recipe: Any) -> Iterator[Problem]:
+    """What the model's sizes do not allow. A model that cannot tell its sizes yet is looked at when it is built."""
+    try:
+        blocks = recipe.model.blocks()
+    except LmworksError:
+        return  # told where it is wrong, or a folder that is not there yet
+    if layout.pp > 1 and len(blocks) < layout.stages:
+        text = f"{layout.pp} x {layout.held} stages need as many blocks, the model has {len(blocks)}"
+        yield Problem(path="pp", text=f"{text}. The most is pp = {max(1, len(blocks) // layout.held)}")
+    if layout.split is not None and sum(layout.split) != len(blocks):
+        yield Problem(path="split", text=f"names {sum(layout.split)} blocks, the model has {len(blocks)}")
+    groups = math.gcd(*(block.n_kv_heads for block in blocks))
+    if groups % layout.tp:
+        text = f"{layout.tp} does not divide the key/value heads of every block"
+        yield Problem(path="tp", text=f"{text}. Legal: {_divisors(groups)}")
+    yield from _experts(layout, max(block.experts or 0 for block in blocks))
+    vocabulary = recipe.model.vocab_size
+    if vocabulary is not None and vocabulary < layout.tp:
+        yield Problem(path="tp", text=f"{layout.tp} is more than the vocabulary of {vocabulary}")
+
+
+def _experts(layout: Layout, experts: int) -> Iterator[Problem]:
+    """Experts that cannot be divided so."""
+    if layout.ep > 1 and not experts:
+        yield Problem(path="ep", text="has no effect: the model has no experts (model.experts)")
+    elif experts % layout.ep:
+        yield Problem(path="ep", text=f"{layout.ep} does not divide {experts} experts. Legal: {_divisors(experts)}")
+    if experts and layout.tp > 1:
+        yield Problem(path="tp", text="does not divide experts yet: take ep, with tp = 1")
+    if layout.settled and layout.size("fsdp") % layout.ep:
+        text = f"{layout.ep} does not divide dp_shard x cp = {layout.size('fsdp')}, whose ranks it takes"
+        yield Problem(path="ep", text=f"{text}. Legal: {_divisors(layout.size('fsdp'))}")
+
+
+def _batch(layout: Layout, recipe: Any) -> Iterator[Problem]:
+    """Rows and tokens that cannot be divided."""
+    length = recipe.data.sequence_length
+    if layout.cp > 1 and length % (2 * layout.cp):
+        text = f"each of {layout.cp} ranks holds two runs of a row's tokens, but sequence_length = {length}"
+        yield Problem(path="cp", text=f"{text}; take a multiple of {2 * layout.cp}, as {_up(length, 2 * layout.cp)}")
+    elif layout.sequence_parallel and length % (2 * layout.cp * layout.tp if layout.cp > 1 else layout.tp):
+        need = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+        text = f"sequence_length = {length} is not divisible by {need}; take {_up(length, need)}"
+        yield Problem(path="sequence_parallel", text=text)
+    if not layout.settled:
+        return
+    rows, readers = recipe.batch_size, layout.size("batch")
+    if rows % readers:
+        text = f"{readers} ranks share the rows of a step, but batch_size = {rows}; take {_up(rows, readers)}"
+        yield Problem(path="dp_shard" if layout.size("dp_shard") > 1 else "dp_replicate", text=text)
+        return
+    own, micro = rows // readers, recipe.micro_batch_size or rows // readers
+    if layout.pp > 1 and own % micro:
+        text = f"a pipeline's micro-batches are of one size, but {own} rows do not make micro-batches of {micro}"
+        yield Problem(path="pp", text=f"{text}. Legal: micro_batch_size = {_divisors(own)}")
+    elif layout.pp > 1:
+        yield from _schedule(layout, own // micro)
+
+
+def _schedule(layout: Layout, micro_batches: int) -> Iterator[Problem]:
+    """Numbers of micro-batches that a schedule cannot order."""
+    least = {"1f1b": layout.pp, "dualpipe-v": layout.stages}.get(layout.schedule, 1)
+    if micro_batches < least:
+        text = f"{layout.schedule} needs {least} micro-batches or more on this layout; here are {micro_batches}"
+        yield Problem(path="schedule", text=f"{text}. Lower micro_batch_size, or take gpipe")
+    if layout.schedule == "interleaved-1f1b":
+        rounds = max(1, micro_batches // layout.pp)
+        if micro_batches % rounds:
+            text = f"interleaved-1f1b runs micro-batches in rounds of equal size; {micro_batches} do not make {rounds}"
+            yield Problem(path="schedule", text=f"{text}. Take a multiple of pp = {layout.pp}")
+
+
+def _parts(layout: Layout, recipe: Any) -> Iterator[Problem]:
+    """Parts of the recipe that need what a rank of this layout does not have."""
+    if not layout.settled or layout.ranks == 1:
+        return
+    if not recipe.selector.row_by_row:
+        text = "chooses among all rows of a step, and no rank of this layout sees them all. Run it on one rank"
+        yield Problem(path="selector", text=text)
+    if not recipe.optimizer.value_by_value:
+        text = "needs whole matrices or passes of its own, which no rank of this layout can make. Run it on one rank"
+        yield Problem(path="optimizer", text=text)
+    if recipe.samples.prompts:
+        text = (
+            "are written by a rank that holds the whole model. Leave them out; lmworks generate RUN reads checkpoints"
+        )
+        yield Problem(path="samples.prompts", text=text)
+    if recipe.model.tied and layout.schedule in V_SHAPED and layout.ranks > layout.pp * layout.tp * layout.cp:
+        text = f"{layout.schedule} puts both ends of a tied model on one rank, which FSDP cannot divide. Take 1f1b"
+        yield Problem(path="schedule", text=f"{text}, or model.tied = false")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

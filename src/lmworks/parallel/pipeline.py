@@ -1,0 +1,195 @@
+"""Pipeline parallel: which blocks make a stage, and micro-batches through the stages by torch's schedules
+(`schedule.py` tells them apart).
+
+A stage is a model with `keep_stage` applied: names stay, so checkpoints do. The loss of a micro-batch is already
+divided by the counts of the whole step, and so nothing is scaled afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+
+from lmworks.data.load import Batch
+from lmworks.model.backbone import Backbone
+from lmworks.model.sizes import Shape, mean_keys
+from lmworks.parallel.layout import V_SHAPED, Layout
+from lmworks.parallel.schedule import TORCH
+from lmworks.parallel.wire import Wire
+
+
+def split(config: Shape, layout: Layout, *, sequence: int) -> list[range]:
+    """The blocks of each stage: as the layout says, or so that the dearest stage is cheapest."""
+    n_layers = config.n_layers
+    if layout.split is not None:
+        stops = [sum(layout.split[: i + 1]) for i in range(len(layout.split))]
+        return [range(stop - size, stop) for stop, size in zip(stops, layout.split, strict=True)]
+    costs = block_costs(config, sequence=sequence)
+    head = 2.0 * (config.vocab_size or 0) * config.hidden_size
+    lengths = cheapest(costs, layout.stages, after=head)
+    assert sum(lengths) == n_layers, "every block is in a stage"
+    return [range(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(len(lengths))]
+
+
+def block_costs(config: Shape, *, sequence: int) -> list[float]:
+    """Forward FLOPs of each block per token, as in `model.sizes.cost`. A token table is looked up, which is free."""
+    found = [4.0 * block.n_heads * block.head_dim * mean_keys(sequence, block.window) for block in config.blocks()]
+    for name, shape in config.shapes():
+        parts = name.split(".")
+        if parts[0] == "blocks" and len(shape) == 2:
+            found[int(parts[1])] += 2.0 * shape[0] * shape[1]
+    return found
+
+
+def cheapest(costs: Sequence[float], stages: int, *, after: float) -> list[int]:
+    """Blocks per stage, at least one each, in order, so that the dearest stage costs least; `after` falls on the last.
+
+    Of several such splits the one whose early stages are longest. Exact, by dynamic programming.
+    """
+    total = len(costs)
+    starts = [sum(costs[:i]) for i in range(total + 1)]
+    # best[i]: the least dearest cost of blocks i .. in the stages that are left, and how many blocks the first takes
+    best: list[tuple[float, int]] = [(starts[total] - starts[i] + after, total - i) for i in range(total)]
+    tables = [best]
+    for left in range(2, stages + 1):
+        row = []
+        for i in range(total):
+            choices = [(max(starts[j] - starts[i], tables[-1][j][0]), i - j) for j in range(i + 1, total - left + 2)]
+            least, taken = min(choices) if choices else (float("inf"), 0)
+            row.append((least, -taken))
+        tables.append(row)
+    lengths, at = [], 0
+    for table in reversed(tables):
+        lengths.append(table[at][1])
+        at += table[at][1]
+    return lengths
+
+
+def held_by(layout: Layout, place: int) -> list[int]:
+    """The stages of the rank at a place of pp, in order."""
+    if layout.schedule in V_SHAPED:
+        return [place, layout.stages - 1 - place]
+    return [place + layout.pp * i for i in range(layout.held)]
+
+
+def holder(layout: Layout, stage: int) -> int:
+    """The place in pp of the rank that holds a stage."""
+    return next(place for place in range(layout.pp) if stage in held_by(layout, place))
+
+
+class Stage(PipelineStage):
+    """torch's stage, with what it sends put on the bill."""
+
+    wire: Wire
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        """What torch sends to the next stage."""
+        return self._billed(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """What torch sends to the stage before."""
+        return self._billed(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _billed(self, operations: Any) -> Any:
+        for operation in operations:
+            self.wire.note("pp", "send", operation.tensor.nbytes)
+        return operations
+
+
+class Pipeline:
+    """The stages of this rank."""
+
+    def __init__(self, chunks: Sequence[Backbone], wire: Wire, device: torch.device) -> None:
+        self.chunks = list(chunks)
+        self.wire = wire
+        self.device = device
+        layout = wire.layout
+        self.stages = held_by(layout, wire.place("pp"))
+        self._schedules: dict[tuple[int, int, int], Any] = {}
+        self._loss_of: Callable[[Backbone, Batch, Tensor], Tensor] | None = None
+        self._micros: Sequence[Batch] = ()
+
+    @property
+    def last(self) -> Backbone | None:
+        """The stage with the head, where this rank holds it."""
+        return self.chunks[-1] if self.stages[-1] == self.wire.layout.stages - 1 else None
+
+    def backward(self, micros: Sequence[Batch], loss_of: Callable[[Backbone, Batch, Tensor], Tensor]) -> Tensor:
+        """All micro-batches forward and backward; the sum of their losses, 0 where the head is not."""
+        self._micros, self._loss_of = micros, loss_of
+        rows, length = micros[0].tokens_BT.shape
+        schedule = self._schedule(len(micros), rows, length)
+        tokens_BT, positions_BT, documents_BT = (
+            torch.cat([getattr(micro, name) for micro in micros])
+            for name in ("tokens_BT", "positions_BT", "documents_BT")
+        )
+        losses: list[Tensor] = []
+        facts = {"positions_BT": positions_BT, "documents_BT": documents_BT}
+        if self.last is not None:
+            facts |= {"target": torch.arange(len(micros)), "losses": losses}  # type: ignore[dict-item]  # not all are tensors
+        inputs = (tokens_BT,) if self.stages[0] == 0 else ()
+        schedule.step(*inputs, return_outputs=False, **facts)
+        self._micros, self._loss_of = (), None
+        if not losses:
+            return torch.zeros((), device=self.device)
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+    def _loss(self, hidden_BTD: Tensor, which: Tensor) -> Tensor:
+        assert self._loss_of is not None, "the schedule runs inside of backward"
+        assert self.last is not None, "only the last stage has a loss"
+        return self._loss_of(self.last, self._micros[int(which)], hidden_BTD)
+
+    def _schedule(self, micro_batches: int, rows: int, length: int) -> Any:
+        """torch's schedule for so many micro-batches of this shape, made once."""
+        key = (micro_batches, rows, length)
+        if key not in self._schedules:
+            stages = [self._stage(i, rows, length) for i in range(len(self.chunks))]
+            made = TORCH[self.wire.layout.schedule]
+            single = self.wire.layout.held == 1
+            self._schedules[key] = made(
+                stages[0] if single else stages, micro_batches, loss_fn=self._loss, scale_grads=False
+            )
+        return self._schedules[key]
+
+    def _stage(self, which: int, rows: int, length: int) -> Stage:
+        chunk, index = self.chunks[which], self.stages[which]
+        first, last = index == 0, index == self.wire.layout.stages - 1
+        tokens = torch.empty((rows, length), dtype=torch.int64, device="meta")
+        between = torch.empty(self._between(rows, length), dtype=chunk.dtype, device="meta", requires_grad=True)
+        whole = torch.empty((rows, length, between.shape[-1]), dtype=chunk.dtype, device="meta", requires_grad=True)
+        stage = Stage(
+            chunk,
+            index,
+            self.wire.layout.stages,
+            self.device,
+            input_args=tokens if first else between,
+            output_args=whole if last else between,
+            group=self.wire.group("pp"),
+        )
+        stage.wire = self.wire
+        return stage
+
+    def _between(self, rows: int, length: int) -> tuple[int, int, int]:
+        """The shape of what stages hand on."""
+        divided = self.wire.size("tp") if self.wire.layout.sequence_parallel else 1
+        return rows, length // divided, self.chunks[0].config.hidden_size
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor | None:
+        """Forward only: the hidden states where the head is, None elsewhere."""
+        layout, x = self.wire.layout, batch.tokens_BT
+        for stage in range(layout.stages):
+            if stage not in self.stages:
+                continue
+            chunk = self.chunks[self.stages.index(stage)]
+            if stage > 0 and stage - 1 not in self.stages:
+                shape = self._between(*batch.tokens_BT.shape)
+                x = self.wire.receive(shape, chunk.dtype, self.device, holder(layout, stage - 1), "pp")
+            x = chunk(x, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+            if stage + 1 < layout.stages and stage + 1 not in self.stages:
+                self.wire.send(x, holder(layout, stage + 1), "pp")
+        return x if self.last is not None else None

@@ -1,0 +1,202 @@
+"""What a rank sends in one step, by axis, from settings alone: the formulas that the counted door is held against.
+
+f = (n - 1) / n for n ranks on the axis; X: bytes of a micro-batch's hidden states on one rank, b T / cp x D values;
+m micro-batches; P the bytes of this rank's parameters.
+
+    tp     8 f X per block and micro-batch, of which half forward; 2 f X for the token table, 3 or 2 f X for the head
+    cp     2 f of the keys and values of whole rows, per block and micro-batch; ids of documents
+    pp     X per micro-batch, boundary and direction, divided by tp with sequence_parallel
+    fsdp   f P for each time that weights are gathered, f P for the gradients, once
+    dp     2 f P / fsdp for the gradients, once
+    edp    2 f of the experts' gradients, once; what ep sends hangs on what tokens choose, and has no formula
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from lmworks.model.sizes import BlockSizes, Shape
+from lmworks.parallel.layout import Layout
+from lmworks.parallel.pipeline import held_by, holder, split
+from lmworks.parallel.shard import shares
+
+COLUMNS = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
+"""Matrices whose rows tp divides."""
+ROWS = ("o_proj", "down_proj")
+"""Matrices whose columns tp divides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step does on each rank."""
+
+    rows: int
+    """Of a micro-batch on one rank."""
+    micro_batches: int
+    sequence: int
+    """Tokens of a row."""
+    value_bytes: int = 4
+    """Of an activation."""
+    weight_bytes: int = 4
+    """Of a weight and of its gradient."""
+    recompute_every: int | None = None
+    """Blocks 0, every, ... run forward again in the backward pass."""
+
+
+def traffic(config: Shape, layout: Layout, rank: int, work: Work) -> dict[str, float]:
+    """Bytes that a rank sends in one step, by axis: pp, dp_replicate, fsdp, cp, tp. Counts and norms, a few numbers a
+    step, are left out."""
+    stages = split(config, layout, sequence=work.sequence) if layout.pp > 1 else [range(config.n_layers)]
+    held = held_by(layout, layout.place(rank, "pp")) if layout.pp > 1 else [0]
+    found: dict[str, float] = defaultdict(float)
+    for stage in held:
+        part = _Part(config, layout, rank, work, stages[stage], first=stage == 0, last=stage == layout.stages - 1)
+        for axis, size in part.sent().items():
+            found[axis] += size
+    found["pp"] = _between_stages(config, layout, rank, work, held)
+    if layout.pp > 1 and config.tied and not layout.both_ends_on_one_rank and {0, layout.stages - 1} & set(held):
+        table = _Part(config, layout, rank, work, range(0), first=True, last=True).values("embed.weight")
+        found["ends" if layout.pp > 2 else "pp"] += table * work.weight_bytes  # 2 (2 - 1) / 2 = 1
+    return {axis: size for axis, size in found.items() if size}
+
+
+def _between_stages(config: Shape, layout: Layout, rank: int, work: Work, held: list[int]) -> float:
+    """Hidden states to the next stage and gradients to the one before, where other ranks hold them."""
+    divided = layout.tp if layout.sequence_parallel else 1
+    values = work.rows * (work.sequence // layout.cp // divided) * config.hidden_size
+    here = layout.place(rank, "pp")
+    boundaries = sum(
+        0 <= other < layout.stages and holder(layout, other) != here
+        for stage in held
+        for other in (stage - 1, stage + 1)
+    )
+    return float(boundaries * work.micro_batches * values * work.value_bytes) if layout.pp > 1 else 0.0
+
+
+class _Part:
+    """One stage on one rank."""
+
+    def __init__(
+        self, config: Shape, layout: Layout, rank: int, work: Work, blocks: range, *, first: bool, last: bool
+    ) -> None:
+        self.config, self.layout, self.work = config, layout, work
+        self.blocks, self.first, self.last = blocks, first, last
+        self.place, self.shard = layout.place(rank, "tp"), layout.place(rank, "fsdp")
+        self.sizes = config.blocks()
+        self.shapes = dict(config.shapes())
+        self.tokens = work.rows * work.sequence // layout.cp
+        self.hidden = self.tokens * config.hidden_size * work.value_bytes
+
+    def sent(self) -> dict[str, float]:
+        """Bytes by axis."""
+        return {"tp": self._tensor(), "cp": self._context(), **self._data()}
+
+    def local(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter on this rank of tp."""
+        shape, tp = list(self.shapes[name]), self.layout.tp
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        dim = 0 if leaf in (*COLUMNS, "embed", "head") else 1 if leaf in ROWS and len(shape) == 2 else None
+        if dim is not None:
+            shape[dim] = shares(shape[dim], tp)[self.place][1]
+        return tuple(shape)
+
+    def values(self, name: str) -> int:
+        """Values of a parameter on this rank, which FSDP divides by rows."""
+        shape = self.local(name)
+        rows = -(-shape[0] // self.layout.size("fsdp"))
+        return max(0, min(rows, shape[0] - self.shard * rows)) * math.prod(shape[1:])
+
+    def names(self) -> list[str]:
+        """The parameters of this stage."""
+        kept = []
+        for name in self.shapes:
+            top, _, rest = name.partition(".")
+            at_first = top in ("positions", "embed")
+            at_last = top in ("norm", "head") or (top == "embed" and self.config.tied)
+            if top == "blocks":
+                if int(rest.partition(".")[0]) in self.blocks:
+                    kept.append(name)
+            elif (at_first and self.first) or (at_last and self.last):
+                kept.append(name)
+        return kept
+
+    def _recomputed(self, block: int) -> bool:
+        every = self.work.recompute_every
+        return every is not None and block % every == 0
+
+    def _tensor(self) -> float:
+        n = self.layout.tp
+        if n == 1:
+            return 0.0
+        f, divided = (n - 1) / n, self.layout.sequence_parallel
+        per_micro = 0.0
+        for block in self.blocks:
+            again = (3 if divided else 2) if self._recomputed(block) else 0  # all but the last sum
+            per_micro += f * self.hidden * (8 + again)
+        if self.first:
+            per_micro += 2 * f * self.hidden
+        if self.last:
+            per_micro += (3 if divided else 2) * f * self.hidden
+            per_micro += f * 2 * n * self.tokens * max(4, self.work.value_bytes)  # what ranks hear of each token's loss
+        partial = sum(self.values(name) for name in self.names() if self._partial(name))
+        return self.work.micro_batches * per_micro + 2 * f * partial * self.work.weight_bytes
+
+    def _partial(self, name: str) -> bool:
+        """Whether each rank of tp has a part of this gradient."""
+        whole = self.local(name) == self.shapes[name]
+        return whole and (self.layout.sequence_parallel or name.endswith((".q_norm.weight", ".k_norm.weight")))
+
+    def _context(self) -> float:
+        n = self.layout.cp
+        if n == 1:
+            return 0.0
+        f, work = (n - 1) / n, self.work
+        windows = len({size.window for size in self.sizes})
+        per_micro = f * work.rows * work.sequence * 8.0 * windows  # documents' ids
+        for block in self.blocks:
+            times = 3 if self._recomputed(block) else 2
+            per_micro += times * f * self._keys_and_values(self.sizes[block])
+            chosen = (self.sizes[block].experts or 0) * work.rows * 8  # counts of a row's tokens by expert
+            per_micro += 2 * f * chosen * (2 if self._recomputed(block) else 1)
+        return work.micro_batches * per_micro
+
+    def _keys_and_values(self, block: BlockSizes) -> float:
+        values = 2 * block.n_kv_heads // self.layout.tp * block.head_dim
+        return float(values * self.work.rows * self.work.sequence * self.work.value_bytes)
+
+    def _data(self) -> dict[str, float]:
+        n, copies, work = self.layout.size("fsdp"), self.layout.dp_replicate, self.work
+        if n * copies == 1:
+            return {}
+        f, edp = (n - 1) / n, self.layout.size("edp")
+        blocks = rest = experts = 0
+        for name in self.names():
+            shape = self.local(name)
+            if name.endswith("expert_bias"):
+                continue
+            if ".ffn.experts." in name and self.layout.ep > 1:
+                experts += math.prod(shape) // self.layout.ep
+                continue
+            padded = -(-shape[0] // n) * n * math.prod(shape[1:])
+            if name.startswith("blocks."):
+                blocks += padded
+            else:
+                rest += padded
+        reshard = self.layout.reshard if self.layout.reshard is not None else self.layout.pp == 1
+        gathers = work.micro_batches if self.layout.pp == 1 else 1
+        gathered = min(4, work.value_bytes) if work.value_bytes < work.weight_bytes else work.weight_bytes
+        sent = f * gathered * gathers * (blocks * (2 if reshard else 1) + rest)
+        sent += f * work.weight_bytes * (blocks + rest)
+        return {
+            "fsdp": sent,
+            "dp_replicate": 2 * (copies - 1) / copies * work.weight_bytes * ((blocks + rest) / n + experts),
+            "edp": 2 * (edp - 1) / edp * work.weight_bytes * experts,
+        }
+
+
+def as_table(found: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows for a report: axis and bytes, the largest first."""
+    return [{"axis": axis, "bytes": size} for axis, size in sorted(found.items(), key=lambda pair: -pair[1])]

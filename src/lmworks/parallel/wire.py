@@ -1,0 +1,149 @@
+"""The counted door: every collective of lmworks goes through a Wire, which knows the axes and keeps the bill.
+
+Bytes are those that one rank must send by the ring algorithms, whatever the backend does: with n ranks on the axis,
+all-gather and reduce-scatter send (n - 1) / n of the whole tensor, all-reduce twice that, all-to-all what is for
+others, a send what is sent. So formulas of papers can be held against the bill. An axis of one rank sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lmworks.parallel.layout import Layout
+
+Group = dist.ProcessGroup
+# torch 2.13 renamed these two
+gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What went over one axis by one operation."""
+
+    calls: int = 0
+    bytes: float = 0.0
+
+    def plus(self, size: float) -> Bill:
+        """One more call."""
+        return Bill(calls=self.calls + 1, bytes=self.bytes + size)
+
+
+class Wire:
+    """Collectives of one rank by the name of the axis."""
+
+    def __init__(self, layout: Layout, rank: int, groups: Mapping[str, Group], *, first_here: bool = True) -> None:
+        self.layout = layout
+        self.rank = rank
+        self.first_here = first_here
+        """Whether this is the first rank of its machine."""
+        self._groups = dict(groups)
+        self.bills: dict[tuple[str, str], Bill] = {}
+        """By (axis, operation)."""
+
+    @property
+    def seat(self) -> tuple[int, int]:
+        """(rank, ranks)."""
+        return self.rank, self.layout.ranks
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis; the two ends of a pipeline are one too."""
+        return 2 if axis == "ends" else self.layout.size(axis)
+
+    def place(self, axis: str) -> int:
+        """Where this rank stands along an axis."""
+        return self.layout.place(self.rank, axis)
+
+    def group(self, axis: str) -> Group:
+        """torch's process group of an axis."""
+        return self._groups[axis]
+
+    def note(self, axis: str, operation: str, size: float) -> None:
+        """Put a call on the bill: `size` bytes sent. For collectives that torch makes by itself."""
+        self.bills[axis, operation] = self.bills.get((axis, operation), Bill()).plus(size)
+
+    def sum(self, x: Tensor, axis: str) -> Tensor:
+        """The sum over the axis, in place."""
+        return self._reduce(x, axis, dist.ReduceOp.SUM)
+
+    def maximum(self, x: Tensor, axis: str) -> Tensor:
+        """The largest over the axis, in place."""
+        return self._reduce(x, axis, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, axis: str, op: Any) -> Tensor:
+        n = self.size(axis)
+        if n > 1:
+            self.note(axis, "all-reduce", 2 * (n - 1) / n * x.nbytes)
+            dist.all_reduce(x, op=op, group=self.group(axis))
+        return x
+
+    def gather(self, x: Tensor, axis: str, dim: int) -> Tensor:
+        """The ranks' tensors, all of one shape, behind each other along `dim`."""
+        n = self.size(axis)
+        if n == 1:
+            return x
+        first = x.movedim(dim, 0).contiguous()
+        whole = torch.empty((n * first.shape[0], *first.shape[1:]), dtype=x.dtype, device=x.device)
+        self.note(axis, "all-gather", (n - 1) / n * whole.nbytes)
+        gather_into(whole, first, group=self.group(axis))
+        return whole.movedim(0, dim).contiguous()
+
+    def scatter_sum(self, x: Tensor, axis: str, dim: int) -> Tensor:
+        """This rank's part, along `dim`, of the sum over the axis."""
+        n = self.size(axis)
+        if n == 1:
+            return x
+        first = x.movedim(dim, 0).contiguous()
+        part = torch.empty((first.shape[0] // n, *first.shape[1:]), dtype=x.dtype, device=x.device)
+        self.note(axis, "reduce-scatter", (n - 1) / n * first.nbytes)
+        reduce_scatter_into(part, first, group=self.group(axis))
+        return part.movedim(0, dim).contiguous()
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int], axis: str) -> Tensor:
+        """All-to-all: rows of x in runs of `sent`, one run per rank, for the runs of `received` rows from each."""
+        if self.size(axis) == 1:
+            return x
+        own = self.place(axis)
+        out = torch.empty((sum(received), *x.shape[1:]), dtype=x.dtype, device=x.device)
+        row = x[:1].nbytes if x.shape[0] else 0
+        self.note(axis, "all-to-all", row * (sum(sent) - sent[own]))
+        dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=self.group(axis))
+        return out
+
+    def send(self, x: Tensor, to: int, axis: str) -> None:
+        """Send to the rank at place `to` of the axis; returns when it may be changed again."""
+        self.note(axis, "send", x.nbytes)
+        dist.send(x.contiguous(), group=self.group(axis), group_dst=to)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, of: int, axis: str) -> Tensor:
+        """A tensor from the rank at place `of` of the axis."""
+        x = torch.empty(tuple(shape), dtype=dtype, device=device)
+        dist.recv(x, group=self.group(axis), group_src=of)
+        return x
+
+    def wait(self) -> None:
+        """Return when every rank has come here, however long that takes: one may be tokenising."""
+        if self.layout.ranks > 1:
+            dist.barrier(group=self.group("patient"))
+
+    def told(self, text: str) -> str:
+        """What the first rank says."""
+        if self.layout.ranks == 1:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, group=self.group("patient"), group_src=0)
+        data = data if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, group=self.group("patient"), group_src=0)
+        return bytes(data.tolist()).decode()
+
+
+def alone() -> Wire:
+    """The wire of a single rank: nothing is sent."""
+    return Wire(Layout(dp_shard=1), 0, {})

@@ -1,0 +1,126 @@
+"""The ranks of a run: who this process is, its device, and the process groups of a layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lmworks.core.errors import UsageError
+from lmworks.parallel.layout import AXES, Layout
+from lmworks.parallel.wire import Group, Wire
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits for the other ranks before the run ends with an error."""
+PATIENCE = timedelta(days=7)
+"""The same for what one rank does while the others have nothing to do, such as tokenising."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Which of how many ranks this process is."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what a run writes once."""
+        return self.rank == 0
+
+
+def seat() -> Seat:
+    """As torchrun's environment variables say; one rank where there are none."""
+    if "WORLD_SIZE" not in os.environ:
+        return Seat()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and os.environ["WORLD_SIZE"] != "1" and not dist.is_initialized():
+        raise UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set",
+            next_step="start ranks with lmworks launch or torchrun, which set all of them",
+        )
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+    return Seat(rank=rank, world=world, local_rank=local_rank)
+
+
+def device_of(kind: str, place: Seat) -> torch.device:
+    """This rank's device: its own GPU, or the CPU."""
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def connected(place: Seat, device: torch.device) -> Iterator[None]:
+    """The ranks can speak to each other inside. Does nothing for a single rank."""
+    if place.world == 1:
+        yield
+        return
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def wire(layout: Layout, place: Seat) -> Wire:
+    """The groups of every axis and view that this rank is in. All ranks call it together."""
+    groups: dict[str, Group] = {}
+    if layout.ranks > 1:
+        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp"):
+            if layout.size(name) > 1:
+                groups[name] = _group(layout, name)
+        everyone = dist.group.WORLD
+        assert everyone is not None, "ranks are connected"
+        groups["world"] = everyone
+        groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if layout.pp > 2:
+            groups["ends"] = _ends(layout)
+    return Wire(layout, place.rank, groups, first_here=place.local_rank == 0)
+
+
+def lines(layout: Layout, axis: str) -> list[list[int]]:
+    """The ranks of every group of an axis or a view: those that differ along it only, in order."""
+    found: dict[int, list[int]] = {}
+    stride = _stride(layout, axis)
+    for rank in range(layout.ranks):
+        found.setdefault(rank - layout.place(rank, axis) * stride, []).append(rank)
+    return list(found.values())
+
+
+def _stride(layout: Layout, axis: str) -> int:
+    """How far apart neighbours along an axis are."""
+    if axis in ("ep", "edp"):
+        return layout.tp * (layout.ep if axis == "edp" else 1)
+    names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp"}
+    last = AXES.index(names.get(axis, axis))
+    stride = 1
+    for name in AXES[last + 1 :]:
+        stride *= layout.size(name)
+    return stride
+
+
+def _group(layout: Layout, axis: str) -> Group:
+    own: Group
+    own, _ = dist.new_subgroups_by_enumeration(lines(layout, axis), timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+    return own
+
+
+def _ends(layout: Layout) -> Group:
+    """The first and the last rank of each pipeline: they share a tied token table."""
+    pairs = [[line[0], line[-1]] for line in lines(layout, "pp")]
+    own: Group  # or None where a rank is neither, which then never asks
+    own, _ = dist.new_subgroups_by_enumeration(pairs, timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+    return own

@@ -1,0 +1,70 @@
+"""A training run as one of several ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lmworks.core import recipe as recipes
+from lmworks.core.errors import LmworksError
+from lmworks.train.loop import run
+from lmworks.train.objective import CrossEntropy
+from tests.train import toy
+
+MODEL = {
+    "use": "decoder",
+    "n_layers": 4,
+    "hidden_size": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "ffn_size": 48,
+    "tied": True,
+}
+
+
+def table(text: Path, cache: Path, **over: Any) -> dict[str, Any]:
+    """12 steps of 8 rows, a checkpoint every 5; bytes, so a vocabulary of 257."""
+    plain = {"batch_size": 8, "precision": "fp32", "model": MODEL, "checkpoints": {"every": 5, "keep": 9}}
+    return toy.table(text, cache, **plain | over)
+
+
+def train(rank: int, spec: dict[str, Any], path: str, resume: str = "auto") -> list[str]:
+    """What this rank's reporter was told."""
+    report = toy.Silent()
+    run(recipes.decode(spec), Path(path), resume=resume, report=report)
+    return report.notes
+
+
+def refused(rank: int, spec: dict[str, Any], path: str) -> str:
+    """The error of a run that must not be."""
+    try:
+        train(rank, spec, path)
+    except LmworksError as error:
+        return str(error)
+    return ""
+
+
+def poisoned(rank: int, spec: dict[str, Any], path: str, on: int, step: int) -> tuple[str, int]:
+    """A run in which one rank's loss is not a number in one step: the error of this rank, and its last row's step."""
+    plain = CrossEntropy.loss
+    calls = 0
+
+    def loss(self: CrossEntropy, *args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = plain(self, *args, **more)
+        if rank == on and calls == step:
+            found["cross_entropy"].total.data.fill_(float("nan"))
+        return found
+
+    CrossEntropy.loss = loss  # type: ignore[method-assign]
+    return refused(rank, spec, path), calls
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(path: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in rows(path) if name in row]

@@ -1,0 +1,155 @@
+"""Runs on several ranks: what is learned, saved and told is that of one rank; nothing goes wrong in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmworks.model.checkpoint import complete, load, locate
+from lmworks.parallel import gang
+from lmworks.train import save
+from tests.train import ranked, toy
+
+pytestmark = pytest.mark.ranks
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp-2": (2, {}),
+    "replicate-2": (2, {"layout": {"dp_replicate": 2}}),
+    "tp-2": (2, {"layout": {"tp": 2}}),
+    "sp-2": (2, {"layout": {"tp": 2, "sequence_parallel": True}}),
+    "pp-2": (2, {"layout": {"pp": 2}, "micro_batch_size": 2}),
+    "pp-2-v": (2, {"layout": {"pp": 2, "schedule": "zero-bubble-v"}, "micro_batch_size": 2}),
+    "cp-2": (2, {"layout": {"cp": 2}}),
+    "hsdp-4": (4, {"layout": {"dp_replicate": 2}}),
+    "pp-2-tp-2": (4, {"layout": {"pp": 2, "tp": 2}, "micro_batch_size": 2}),
+}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.corpus(tmp_path_factory.mktemp("ranks") / "text")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def one(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one rank that never stopped."""
+    path = tmp_path_factory.mktemp("runs") / "one"
+    gang.run(ranked.train, 1, ranked.table(text, cache), str(path))
+    return path
+
+
+def same_end(path: Path, one: Path, bound: float = 1e-5) -> None:
+    """Losses from wherever it began, validation and the whole checkpoint are those of the unbroken run."""
+    found = ranked.rows(path)
+    want = {row["step"]: row for row in ranked.rows(one) if "loss" in row}
+    for row in found:
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(want[row["step"]]["loss"], rel=bound)
+            assert row["tokens"] == want[row["step"]]["tokens"], "every target counts once"
+    assert ranked.losses(path, "val_loss") == pytest.approx(ranked.losses(one, "val_loss"), rel=bound)
+    assert ranked.losses(path, "val_tokens") == ranked.losses(one, "val_tokens")
+    ours, theirs = (save.read(complete(folder / "checkpoints")[-1]) for folder in (path, one))
+    assert ours.state["source"] == theirs.state["source"], "the next rows are the same"
+    assert set(ours.tensors["model"]) == set(theirs.tensors["model"])
+    assert set(ours.tensors["optimizer"]) == set(theirs.tensors["optimizer"])
+    for kind, least in (("model", 1e-3), ("optimizer", 1e-3)):
+        for name, want_tensor in theirs.tensors[kind].items():
+            worst = (ours.tensors[kind][name] - want_tensor).abs().max()
+            assert worst <= least * want_tensor.abs().max(), (kind, name)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_on_ranks_is_the_run_of_one(name: str, text: Path, cache: Path, one: Path, tmp_path: Path) -> None:
+    ranks, over = LAYOUTS[name]
+    notes = gang.run(ranked.train, ranks, ranked.table(text, cache, **over), str(tmp_path / "run"))
+    assert all(not told for told in notes[1:]), "ranks but the first say nothing"
+    same_end(tmp_path / "run", one)
+    assert load(tmp_path / "run").config == load(one).config
+
+
+PAIRS = [("pp-2-tp-2", "fsdp-2"), ("fsdp-2", "pp-2-tp-2"), ("sp-2", "pp-2"), ("hsdp-4", "cp-2"), ("pp-2-v", "tp-2")]
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_a_run_goes_on_under_another_layout(
+    before: str, after: str, text: Path, cache: Path, one: Path, tmp_path: Path
+) -> None:
+    """Twice: from step 5 with other ranks, and from step 10 with one."""
+    path = tmp_path / "run"
+    ranks, over = LAYOUTS[before]
+    gang.run(ranked.train, ranks, ranked.table(text, cache, **over), str(path))
+    keep_until(path, 5)
+    ranks, over = LAYOUTS[after]
+    notes = gang.run(ranked.train, ranks, ranked.table(text, cache, **over), str(path))
+    assert any("going on from step 5" in note for note in notes[0])
+    same_end(path, one)
+    keep_until(path, 10)
+    gang.run(ranked.train, 1, ranked.table(text, cache), str(path))
+    same_end(path, one)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Make a run look as if it had been killed after a checkpoint."""
+    (path / "summary.json").unlink()
+    for checkpoint in complete(path / "checkpoints"):
+        if int(checkpoint.name[5:]) > step:
+            (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["fsdp-2", "pp-2", "tp-2"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+    name: str, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    ranks, over = LAYOUTS[name]
+    spec = ranked.table(text, cache, **over, checkpoints={"every": 1, "keep": 99})
+    head = 1 if name == "pp-2" else 0  # the rank that has a loss
+    found = gang.run(ranked.poisoned, ranks, spec, str(tmp_path / "run"), head, 4 if name != "pp-2" else 13)
+    assert all("the update was not made" in error for error, _ in found)
+    done = max(row["step"] for row in ranked.rows(tmp_path / "run"))
+    assert done == 3
+    weights = [save.read(path).tensors["model"] for path in complete(tmp_path / "run" / "checkpoints")]
+    assert all(torch.isfinite(value).all() for value in weights[-1].values())
+
+
+def test_each_rank_writes_its_part_and_a_damaged_part_is_named(text: Path, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    gang.run(ranked.train, 2, ranked.table(text, cache), str(path))
+    last = complete(path / "checkpoints")[-1]
+    parts = sorted(p.name for p in last.glob("model*"))
+    assert parts == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    manifest = json.loads((last / "manifest.json").read_text())
+    assert set(parts) < set(manifest["files"])
+    assert not list(last.glob("listed-*")), "lists are gone"
+    assert locate(path).hashes().keys() == set(parts)
+    part = last / parts[1]
+    part.write_bytes(part.read_bytes()[:-1])
+    keep_until(path, 99)
+    with pytest.raises(gang.RankFailed, match=r"model-00002-of-00002\.safetensors has .* were written"):
+        gang.run(ranked.train, 2, ranked.table(text, cache), str(path), str(last))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "over", "said"),
+    [
+        (2, {"layout": {"pp": 4}, "micro_batch_size": 1}, "Legal with 2: pp = 2, dp_shard = 1"),
+        (2, {"layout": {"pp": 2}, "micro_batch_size": 3}, "Legal: micro_batch_size = 1, 2, 4, 8"),
+        (2, {"batch_size": 7}, "batch_size = 7; take 8"),
+        (2, {"layout": {"cp": 2}, "optimizer": {"use": "muon", "lr": 1e-3}}, "whole matrices"),
+        (2, {"samples": {"prompts": ["a"]}}, "lmworks generate"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused_by_every_rank_before_anything_is_built(
+    ranks: int, over: dict[str, Any], said: str, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    found = gang.run(ranked.refused, ranks, ranked.table(text, cache, **over), str(tmp_path / "run"))
+    assert all(said in error for error in found), found
+    assert not (tmp_path / "run").exists()
