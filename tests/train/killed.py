@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from lmworks.train.loop import run
 from tests.train.toy import Silent
 
 
-def slowly(*words: Any) -> None:
+def slowly(*words: Any, **named: Any) -> None:
     """Write a file of a checkpoint as on a busy disk, so that some kills fall into a save."""
-    save_file(*words)
+    save_file(*words, **named)
     time.sleep(0.02)
 
 
@@ -54,6 +55,7 @@ def child(spec: dict[str, object], pipe: int) -> None:
         run(recipes.decode(spec["table"]), Path(str(spec["run"])), resume="auto", report=Telling(pipe))  # type: ignore[arg-type]
         code = 0
     finally:
+        traceback.print_exception(sys.exception())
         sys.stderr.flush()
         os._exit(code)
 
