@@ -97,6 +97,20 @@ def test_a_run_goes_on_under_another_layout(
     same_end(path, one)
 
 
+@pytest.mark.parametrize("name", ["fsdp-2", "pp-2-tp-2"])
+def test_samples_are_those_of_one_rank(name: str, text: Path, cache: Path, tmp_path: Path) -> None:
+    """The first rank gathers the whole model, writes, and the run goes on."""
+    asked = {"prompts": ["line 3", "of document"], "every": 4, "tokens": 12, "temperature": 0.0}
+    found = {}
+    for label, (ranks, over) in {"one": (1, {}), name: LAYOUTS[name]}.items():
+        path = tmp_path / label
+        gang.run(ranked.train, ranks, ranked.table(text, cache, **over, samples=asked), str(path))
+        found[label] = (path / "samples.jsonl").read_text()
+        assert len(ranked.rows(path)) >= 12
+    assert found["one"] == found[name]
+    assert found["one"].count("\n") == 6
+
+
 def keep_until(path: Path, step: int) -> None:
     """Make a run look as if it had been killed after a checkpoint."""
     (path / "summary.json").unlink()
@@ -144,7 +158,6 @@ def test_each_rank_writes_its_part_and_a_damaged_part_is_named(text: Path, cache
         (2, {"layout": {"pp": 2}, "micro_batch_size": 3}, "Legal: micro_batch_size = 1, 2, 4, 8"),
         (2, {"batch_size": 7}, "batch_size = 7; take 8"),
         (2, {"layout": {"cp": 2}, "optimizer": {"use": "muon", "lr": 1e-3}}, "whole matrices"),
-        (2, {"samples": {"prompts": ["a"]}}, "lmworks generate"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused_by_every_rank_before_anything_is_built(

@@ -23,7 +23,7 @@ def rehearse(
 
     Exit code 0: losses, gradients and bytes are as they should be; 4: they are not.
 
-    Example: lmworks rehearse quickstart --ranks 8 --set layout.tp=2 --set layout.pp=2 --set micro_batch_size=1
+    Example: lmworks rehearse quickstart --ranks 8 --set layout.pp=2 --set layout.cp=2 --set micro_batch_size=1
     """
     import dataclasses
 

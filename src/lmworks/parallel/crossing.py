@@ -6,6 +6,7 @@ sum                      copy                     out of them
 gather tokens            scatter the sum          into them, tokens divided (sequence parallel); keys of cp
 scatter the sum          gather                   out of them
 gather, repeated after   this rank's own part     into what every rank computes alike
+exchange                 exchange back            tokens to their experts, and home again
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
 from lmworks.model.pieces import Pieces
 from lmworks.parallel import failure, world
+from lmworks.parallel.gather import gather
 from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
@@ -110,7 +111,7 @@ def _build(
     built = build(recipe, wire, device=device, progress=preparing, resume=resume)
     for text in dropped(built.prepared.manifest["sources"]):
         report.note(text)
-    must_fit_positions(built.placement.model, built.prepared.tokenizer, recipe.samples)
+    must_fit_positions(built.placement.chunks[0].config, built.prepared.tokenizer, recipe.samples)
     return built
 
 
@@ -241,11 +242,14 @@ class Loop:
 
     def _sample(self) -> None:
         recipe, prepared = self.recipe, self.built.prepared
+        if not recipe.samples.prompts:
+            return
         found: list[Row] = []
-        with self.records.forgiving("sample"):
-            found = sample(
-                self.placement.model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step
-            )
+        model = gather(self.placement)
+        if model is not None:
+            with self.records.forgiving("sample"):
+                found = sample(model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step)
+        self.wire.wait()  # longer than a collective waits
         for row in found:
             self.records.samples.append(row)
         if found:

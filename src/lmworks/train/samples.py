@@ -10,6 +10,7 @@ from lmworks.data.tokenizer import Tokenizer
 from lmworks.generate.engine import Engine
 from lmworks.generate.sampling import Sampling
 from lmworks.model.backbone import Backbone
+from lmworks.model.sizes import Shape
 from lmworks.train.recipe import Samples
 
 
@@ -17,11 +18,12 @@ def _tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos, *(int(i) for i in tokenizer.encode(prompt))]
 
 
-def must_fit_positions(model: Backbone, tokenizer: Tokenizer, settings: Samples) -> None:
+def must_fit_positions(shape: Shape, tokenizer: Tokenizer, settings: Samples) -> None:
     """Raise RecipeError when a prompt is longer than the model's position table, before anything is trained."""
-    if not settings.prompts or model.positions is None:
+    table = dict(shape.shapes()).get("positions.weight")
+    if not settings.prompts or table is None:
         return
-    room = model.positions.weight.shape[0]
+    room = table[0]
     problems = [
         Problem(
             path=f"samples.prompts.{i}", text=f"is {length} tokens long, the model has {room} positions; shorten it"
