@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch does not list it
+from torch.distributed.rendezvous import rendezvous
 
 from lmworks.core.errors import UsageError
 from lmworks.parallel.layout import AXES, Layout
@@ -67,12 +70,23 @@ def connected(place: Seat, device: torch.device) -> Iterator[None]:
         return
     mine = not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(), rank=place.rank, world_size=place.world, timeout=TIMEOUT)
     try:
         yield
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """Where ranks find each other, apart from what those of an earlier attempt left there.
+
+    torchrun keeps one store over its restarts. Gloo would take the addresses of processes that are gone.
+    """
+    names = ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    return PrefixStore("/".join(os.environ.get(name, "") for name in names), store)
 
 
 def wire(layout: Layout, place: Seat) -> Wire:
