@@ -149,6 +149,16 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays(little_room: Path,
     assert save.read(little_room / "step-00000001").state == {"step": 1}
 
 
+def test_the_first_rank_does_not_wait_for_a_rank_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save, "HURRY_SECONDS", 0.1)
+    checkpoints = Checkpoints(tmp_path, Saving(), seat=(0, 2))
+    checkpoints.save(3, snapshot(3))
+    checkpoints.hurry()
+    with pytest.raises(CheckpointError, match="rank 1 has not written its part"):
+        checkpoints.wait()
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1, 2])
     path = tmp_path / "step-00000002" / "model.safetensors"

@@ -29,12 +29,15 @@ def rehearse(
 
     from lmworks.cli.console import say
     from lmworks.core import recipe as recipes
-    from lmworks.core.errors import RecipeError
+    from lmworks.core.errors import RecipeError, UsageError
     from lmworks.parallel.layout import problems_of
     from lmworks.train import rehearse as rehearsal
 
     decoded = recipes.load(recipe, verb="train", sets=set_ or [])
-    layout = decoded.layout.settle(ranks or decoded.layout.others * (decoded.layout.dp_shard or 1))
+    ranks = ranks or decoded.layout.asked
+    if ranks is None:
+        raise UsageError("this layout takes as many ranks as there are: say how many", next_step="--ranks 512")
+    layout = decoded.layout.settle(ranks, decoded)
     decoded = dataclasses.replace(decoded, layout=layout)
     if problems := problems_of(decoded):
         raise RecipeError(problems)

@@ -148,14 +148,24 @@ class Placement:
         """Whether this rank is the first of those that hold the same values: the one that saves them."""
         return not any(self.wire.place("pp" if axis == "ends" else axis) for axis in self.others_alike(name))
 
-    # --- experts ----------------------------------------------------------------------------------------------------
+    # --- around the passes ------------------------------------------------------------------------------------------
 
     def balanced(self, rows: int) -> AbstractContextManager[None]:
         """Around the passes of a step over `rows` rows: experts' loads are counted and their aux loss enters."""
         return moe.balanced(self.model, rows=rows)
 
     def after_update(self) -> dict[str, Tensor]:
-        """Move the experts' biases; how even the load was, over all stages. Nothing for a model without experts."""
+        """Move the experts' biases, and tell of the step: how even their load was, how long pipeline ranks waited."""
+        return self._waited() | self._loads()
+
+    def _waited(self) -> dict[str, Tensor]:
+        """Seconds that ranks waited in the pipeline over seconds that they computed: the bubble, sends included."""
+        if self.pipeline is None:
+            return {}
+        busy, idle = self.wire.sum(torch.tensor(self.pipeline.seconds(), device=self.device).double(), "world")
+        return {"pipeline/idle_share": idle / busy}
+
+    def _loads(self) -> dict[str, Tensor]:
         if getattr(self.chunks[0].config, "experts", None) is None:
             return {}
         columns = moe.after_update(self.model, lambda x: self.wire.sum(x, "loss"))

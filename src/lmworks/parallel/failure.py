@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmworks.core import files
-from lmworks.core.errors import LmworksError
+from lmworks.core.errors import LmworksError, NonFinite
 
 FOLDER = "LMWORKS_FAILURES"
 """The environment variable that names the folder of the files."""
@@ -43,16 +43,18 @@ class Failure:
     message: str
     """What a person reads: what, where, next step."""
     step: int | None = None
+    kind: str = ""
+    """The error's class."""
     trace: str = ""
 
     def error(self, log: Path | None = None) -> LmworksError:
-        """The error that tells of it, with the rank's exit code."""
+        """The error that tells of it, with the rank's exit code. A loss that explodes stays one."""
         at = f" at step {self.step}" if self.step is not None else ""
         how = "stopped" if self.exit_code == STOPPED else "failed"
         text = f"rank {self.rank} of {self.world} {how}{at}: {self.message}"
         if log is not None and "next:" not in self.message:
             text += f"\n  next:  its output is in {log}"
-        error = LmworksError(text)
+        error = NonFinite(text) if self.kind == NonFinite.__name__ else LmworksError(text)
         error.exit_code = self.exit_code
         return error
 
@@ -87,7 +89,16 @@ def _failure_of(error: BaseException, step: int | None) -> Failure:
     code = error.exit_code if isinstance(error, LmworksError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     message = str(error) if ours else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
-    return Failure(rank=rank, world=world, time=time.time(), exit_code=code, message=message, step=step, trace=trace)
+    return Failure(
+        rank=rank,
+        world=world,
+        time=time.time(),
+        exit_code=code,
+        message=message,
+        step=step,
+        kind=type(error).__name__,
+        trace=trace,
+    )
 
 
 def _for_torchrun(failure: Failure) -> dict[str, object]:

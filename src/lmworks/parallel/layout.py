@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -39,9 +40,22 @@ V_SHAPED = ("zero-bubble-v", "dualpipe-v")
 """Schedules whose ranks hold two stages each, one on the way down and one on the way back up."""
 
 
+class Arrangement(ABC):
+    """What stands in a recipe's `layout`: a layout, or a rule that finds one for so many ranks."""
+
+    @property
+    @abstractmethod
+    def asked(self) -> int | None:
+        """The ranks that it names by itself, at least; None when it takes as many as there are."""
+
+    @abstractmethod
+    def settle(self, world: int, recipe: Any) -> Layout:
+        """The layout of `world` ranks for a training recipe. Raises RecipeError, with what is legal, without one."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Arrangement):
     """How many ranks stand on each axis, and how a pipeline is run."""
 
     pp: PositiveInt = 1
@@ -152,7 +166,12 @@ class Layout:
             rank //= size
         raise KeyError(axis)
 
-    def settle(self, world: int) -> Layout:
+    @property
+    def asked(self) -> int:
+        """The product of all degrees, with dp_shard = 1 where it is left out."""
+        return self.others * (self.dp_shard or 1)
+
+    def settle(self, world: int, recipe: Any = None) -> Layout:
         """The layout with dp_shard filled in. Raises RecipeError, with the nearest legal layout, when `world` ranks
         cannot be arranged so."""
         others = self.others
@@ -177,8 +196,7 @@ class Layout:
             left //= kept[axis]
         named = ", ".join(f"{axis} = {size}" for axis, size in kept.items() if size > 1)
         legal = f"{named}, dp_shard = {left}" if named else f"dp_shard = {left}"
-        start = self.others * (self.dp_shard or 1)
-        return f"Legal with {world}: {legal}; or start {start} ranks: lmworks launch RECIPE --local {start}"
+        return f"Legal with {world}: {legal}; or start {self.asked} ranks: lmworks launch RECIPE --local {self.asked}"
 
 
 def problems_of(recipe: Any) -> list[Problem]:

@@ -7,7 +7,9 @@ divided by the counts of the whole step, and so nothing is scaled afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -81,10 +83,48 @@ def holder(layout: Layout, stage: int) -> int:
     return next(place for place in range(layout.pp) if stage in held_by(layout, place))
 
 
+class Clock:
+    """Seconds by the host's clock, or by the GPU's own, on which work ends later than it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """A moment."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds from one moment to another. On a GPU it waits for the second one."""
+        if not self._on_gpu:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
 class Stage(PipelineStage):
-    """torch's stage, with what it sends put on the bill."""
+    """torch's stage, with what it sends put on the bill, and the time that it computes on the clock."""
 
     wire: Wire
+    timed: Callable[[], AbstractContextManager[None]]
+
+    def forward_one_chunk(self, *words: Any, **named: Any) -> Any:
+        """A micro-batch forward."""
+        with self.timed():
+            return super().forward_one_chunk(*words, **named)
+
+    def backward_one_chunk(self, *words: Any, **named: Any) -> Any:
+        """A micro-batch backward, or the gradient of its input alone."""
+        with self.timed():
+            return super().backward_one_chunk(*words, **named)
+
+    def backward_weight_one_chunk(self, *words: Any, **named: Any) -> Any:
+        """The gradient of the weights for a micro-batch, where it was left for later."""
+        with self.timed():
+            return super().backward_weight_one_chunk(*words, **named)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
         """What torch sends to the next stage."""
@@ -112,6 +152,22 @@ class Pipeline:
         self._schedules: dict[tuple[int, int, int], Any] = {}
         self._loss_of: Callable[[Backbone, Batch, Tensor], Tensor] | None = None
         self._micros: Sequence[Batch] = ()
+        self._clock = Clock(device)
+        self._computed: list[tuple[Any, Any]] = []
+        self._whole: tuple[Any, Any] | None = None
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = self._clock.mark()
+        yield
+        self._computed.append((start, self._clock.mark()))
+
+    def seconds(self) -> tuple[float, float]:
+        """Of the last backward pass: seconds that this rank computed, exchanges inside a stage with it, and waited."""
+        if self._whole is None:
+            return 0.0, 0.0
+        busy = sum(self._clock.between(*span) for span in self._computed)
+        return busy, self._clock.between(*self._whole) - busy
 
     @property
     def last(self) -> Backbone | None:
@@ -132,7 +188,10 @@ class Pipeline:
         if self.last is not None:
             facts |= {"target": torch.arange(len(micros)), "losses": losses}  # type: ignore[dict-item]  # not all are tensors
         inputs = (tokens_BT,) if self.stages[0] == 0 else ()
+        self._computed.clear()
+        start = self._clock.mark()
         schedule.step(*inputs, return_outputs=False, **facts)
+        self._whole = start, self._clock.mark()
         self._micros, self._loss_of = (), None
         if not losses:
             return torch.zeros((), device=self.device)
@@ -141,7 +200,8 @@ class Pipeline:
     def _loss(self, hidden_BTD: Tensor, which: Tensor) -> Tensor:
         assert self._loss_of is not None, "the schedule runs inside of backward"
         assert self.last is not None, "only the last stage has a loss"
-        return self._loss_of(self.last, self._micros[int(which)], hidden_BTD)
+        with self._timed():
+            return self._loss_of(self.last, self._micros[int(which)], hidden_BTD)
 
     def _schedule(self, micro_batches: int, rows: int, length: int) -> Any:
         """torch's schedule for so many micro-batches of this shape, made once."""
@@ -170,7 +230,7 @@ class Pipeline:
             output_args=whole if last else between,
             group=self.wire.group("pp"),
         )
-        stage.wire = self.wire
+        stage.wire, stage.timed = self.wire, self._timed
         return stage
 
     def _between(self, rows: int, length: int) -> tuple[int, int, int]:

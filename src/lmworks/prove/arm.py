@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmworks.core import files
 from lmworks.core import recipe as recipes
-from lmworks.core.errors import NonFinite
+from lmworks.core.errors import NonFinite, UsageError
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
+from lmworks.parallel.launch import Launch, launch
 from lmworks.train.loop import run
 
 AXES = ("step", "tokens", "flops", "seconds", "joules")
@@ -42,13 +46,32 @@ class Quiet:
 
 
 def train_arm(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Train, or go on with what is there. A loss that explodes is an answer too: {'failed': why}."""
+    """Train, or go on with what is there. A loss that explodes is an answer too: {'failed': why}.
+
+    A layout that names several ranks gets them, on the machine of the job.
+    """
     decoded = recipes.decode(recipe, verb="train", source=folder)
     try:
-        run(decoded, Path(folder), resume="auto", report=Quiet())
+        if decoded.layout.asked == 1:
+            run(decoded, Path(folder), resume="auto", report=Quiet())
+        else:
+            _on_ranks(decoded, Path(folder))
     except NonFinite as error:
         return {"failed": error.what}
     return {"failed": None}
+
+
+def _on_ranks(decoded: Any, folder: Path) -> None:
+    """The same, as `lmworks launch --local` does it; the ranks share the threads of the job."""
+    ranks = decoded.layout.asked
+    if ranks is None:
+        raise UsageError("an arm's layout must say how many ranks it has", legal="layout.use = 'ranks'")
+    path = folder.with_name(f"{folder.name}.toml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, recipes.dump(decoded))
+    words = [sys.executable, "-m", "lmworks", "train", str(path), "--run", str(folder)]
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // ranks)
+    launch(lambda _: words, Launch(ranks=ranks, logs=folder / "logs", threads=threads), Quiet().note)
 
 
 @dataclass(frozen=True, kw_only=True)

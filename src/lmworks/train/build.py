@@ -67,7 +67,7 @@ def settle(recipe: Train, world: int = 1) -> Train:
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
-    layout = recipe.layout.settle(world)
+    layout = recipe.layout.settle(world, recipe)
     settled = dataclasses.replace(recipe, device=device, precision=precision, layout=layout)
     if problems := problems_of(settled):
         raise RecipeError(problems)

@@ -17,6 +17,7 @@ from lmworks.model.checkpoint import complete, write_shape
 from lmworks.model.pieces import Pieces
 from lmworks.parallel import failure, world
 from lmworks.parallel.gather import gather
+from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
@@ -44,6 +45,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
     for sink in recipe.sinks:
         sink.must_be_installed()
     device = world.device_of(recipe.device, place)
+    assert isinstance(recipe.layout, Layout), "settle leaves a layout"
     with world.connected(place, device):
         wire = world.wire(recipe.layout, place)
         path = Path(wire.told(str(fresh(path) if resume == "never" else path)))
@@ -126,7 +128,7 @@ class Loop:
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
         self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
         rate, source = peak_flops(built.device, built.dtype)
-        self.peak = (rate * built.recipe.layout.ranks, source)
+        self.peak = (rate * self.wire.layout.ranks, source)
         self.meter = Meter(built.device)
 
     def run(self, stored: save.Stored | None, stop: StopRequest) -> None:
@@ -142,6 +144,8 @@ class Loop:
             why = self._steps(stop)
         except BaseException as error:
             failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
+            if not isinstance(error, LmworksError):  # those are raised on all ranks, or where none waits for another
+                self.checkpoints.hurry()
             with suppress(OSError, LmworksError):  # the first error is the one to tell
                 self.records.close(self.checkpoints.wait)
             raise
@@ -174,7 +178,7 @@ class Loop:
     def _why(self, stop: StopRequest) -> str | None:
         """Why the run should stop now, as all ranks see it."""
         why = stop.reason()
-        if self.recipe.layout.ranks == 1:
+        if self.wire.layout.ranks == 1:
             return why
         asked = self.wire.maximum(torch.tensor([float(why is not None)], device=self.built.device), "world")
         return (why or "another rank was asked to stop") if bool(asked) else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from lmworks.core.errors import Problem
 from lmworks.core.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Slot
 from lmworks.data.packed import Packed
-from lmworks.parallel.layout import Layout
+from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.train.gradient import Clip
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.save import Saving
@@ -84,7 +84,7 @@ class Train:
     """What happens between backward and the update, in this order."""
     saved: Annotated[Saved, Slot("saved")] = Keep()
     """What is kept for the backward pass."""
-    layout: Annotated[Layout, Slot("layout")] = Layout()
+    layout: Annotated[Arrangement, Slot("layout")] = Layout()
     """How the ranks of a run share the work."""
     watchers: Annotated[tuple[Watching, ...], Slot("watcher")] = ()
     """What looks at the run while it goes."""

@@ -99,7 +99,7 @@ class Records:
 
     def __init__(self, built: Built, run: RunFolder, report: Reporter, *, began: float) -> None:
         self.built, self.report = built, report
-        layout, rank = built.recipe.layout, built.wire.rank
+        layout, rank = built.wire.layout, built.wire.rank
         self.first = rank == 0
         self.folder = run if self.first else run.of_rank(rank)
         axes = {axis: layout.place(rank, axis) for axis in AXES if layout.size(axis) > 1}

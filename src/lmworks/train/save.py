@@ -18,10 +18,11 @@ when all lists are there. Any other number of ranks can read them, and take its 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ FORMAT = 2
 TENSOR_FILES = ("model", "optimizer", "selector", "random")
 PATIENCE_MINUTES = 30
 """How long the first rank waits for the others' files."""
+HURRY_SECONDS = 10
+"""The same once a rank is known to be gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,7 @@ class Checkpoints:
         self._seat = seat
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._until = math.inf
         if seat[0] == 0:
             for leftover in folder.glob(".writing-*"):
                 shutil.rmtree(leftover)
@@ -110,6 +114,10 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
+    def hurry(self) -> None:
+        """Give up soon on what other ranks have not written: one of them is gone."""
+        self._until = time.monotonic() + HURRY_SECONDS
+
     def _guarded(self, step: int, snapshot: Snapshot) -> None:
         try:
             self._write(step, snapshot)
@@ -122,7 +130,7 @@ class Checkpoints:
         if self._seat == (0, 1):
             shutil.rmtree(temporary, ignore_errors=True)
         try:
-            write(temporary, snapshot, self._seat)
+            write(temporary, snapshot, self._seat, until=lambda: self._until)
             if self._seat[0] > 0:
                 return  # the first rank goes on when all have come so far
             if final.exists():  # from an attempt that went further than the checkpoint this one resumed from
@@ -146,9 +154,11 @@ class Checkpoints:
             _remove(path)
 
 
-def write(folder: Path, snapshot: Snapshot, seat: tuple[int, int] = (0, 1)) -> None:
+def write(
+    folder: Path, snapshot: Snapshot, seat: tuple[int, int] = (0, 1), *, until: Callable[[], float] = lambda: math.inf
+) -> None:
     """Write what one of the ranks holds, every file synced, and the list of it; the first rank adds the manifest when
-    all lists are there."""
+    all lists are there, for which it waits no longer than `until()` by the monotonic clock."""
     rank, ranks = seat
     folder.mkdir(parents=True, exist_ok=ranks > 1)
     suffix = "" if ranks == 1 else f"-{rank + 1:05d}-of-{ranks:05d}"
@@ -159,13 +169,13 @@ def write(folder: Path, snapshot: Snapshot, seat: tuple[int, int] = (0, 1)) -> N
         raise
     files.write_json(folder / f"listed-{rank}.json", listed)
     if rank == 0:
-        files.write_json(folder / "manifest.json", {"format": FORMAT, "files": _joined(folder, ranks)})
+        files.write_json(folder / "manifest.json", {"format": FORMAT, "files": _joined(folder, ranks, until)})
         files.sync(folder)
 
 
-def _joined(folder: Path, ranks: int) -> dict[str, Any]:
+def _joined(folder: Path, ranks: int, until: Callable[[], float]) -> dict[str, Any]:
     """The lists of all ranks, which are waited for. Raises OSError when one could not write."""
-    until = time.monotonic() + 60 * PATIENCE_MINUTES
+    began = time.monotonic()
     listed: dict[str, dict[str, Any]] = {}
     for rank in range(ranks):
         path = folder / f"listed-{rank}.json"
@@ -174,8 +184,8 @@ def _joined(folder: Path, ranks: int) -> dict[str, Any]:
             if failed:
                 why = json.loads(failed[0].read_text(encoding="utf-8"))["why"]
                 raise OSError(f"rank {failed[0].stem.partition('-')[2]}: {why}")
-            if time.monotonic() > until:
-                raise OSError(f"rank {rank} has not written its part in {PATIENCE_MINUTES} minutes")
+            if time.monotonic() > min(until(), began + 60 * PATIENCE_MINUTES):
+                raise OSError(f"rank {rank} has not written its part in {time.monotonic() - began:.0f} seconds")
             time.sleep(0.02)
         listed |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
