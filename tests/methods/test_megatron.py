@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmworks.core.errors import UsageError
+from lmworks.core import recipe as recipes
+from lmworks.core.errors import RecipeError, UsageError
 from lmworks.methods import megatron
 from lmworks.methods.megatron import WEAK_SCALING, Row
 from lmworks.model.gpt2 import GPT2Config
+from lmworks.parallel import gang
 from lmworks.parallel.schedule import Action, Kind, Order, next_micro_batches, order
 from lmworks.parallel.timeline import simulate
 from tests.oracles import schedules as oracle
+from tests.train import ranked
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 16).map(lambda n: 8 * n), st.integers(1, 64), st.integers(1, 500))
 """l, h, s, V."""
@@ -161,6 +167,90 @@ def test_with_t_1_more_data_parallel_ranks_wait_less() -> None:
         shares.append(megatron.bubble(pipeline=gpus // data, micro_batches=rows // (micro_batch * data)))
         assert shares[-1] == pytest.approx((gpus - data) * micro_batch / rows)
     assert shares == sorted(shares, reverse=True)
+
+
+# --- the rule --------------------------------------------------------------------------------------------------------
+
+HEADS = {"1.7B": 24, "3.6B": 32, "7.5B": 32, "18B": 48, "39B": 64, "76B": 80, "145B": 96, "310B": 128, "530B": 128}
+"""Of the paper's models; the last has 160."""
+
+
+def recipe_of(row: Row, **over: Any) -> Any:
+    """What the rule reads of a recipe for a row of the table: full recomputation, half precision."""
+    model = GPT2Config(
+        vocab_size=megatron.VOCABULARY,
+        n_layers=row.layers,
+        hidden_size=row.hidden,
+        n_heads=HEADS.get(row.name, 160),
+        ffn_size=4 * row.hidden,
+        max_position=megatron.SEQUENCE,
+    )
+    table = {
+        "do": "train",
+        "steps": 1,
+        "batch_size": row.batch,
+        "micro_batch_size": row.micro_batch,
+        "precision": "bf16",
+        "model": recipes.table_of(model),
+        "data": {"readers": [{"use": "python-stdlib"}], "tokenizer": "bytes", "sequence_length": megatron.SEQUENCE},
+        "saved": {"use": "recompute"},
+        "optimizer": {"use": "adamw", "lr": 1e-3},
+        "layout": {"use": "megatron"},
+    }
+    return recipes.decode(recipes.with_values(table, over))
+
+
+def test_the_rule_picks_most_of_the_papers_layouts() -> None:
+    found = {row.name: recipe_of(row).layout.settle(row.gpus, recipe_of(row)) for row in WEAK_SCALING}
+    assert sum(found[row.name].tp == row.tensor for row in WEAK_SCALING) == 8
+    assert sum(found[row.name].pp == row.pipeline for row in WEAK_SCALING) == 7
+    for row in WEAK_SCALING:
+        layout = found[row.name]
+        assert layout.ranks == row.gpus
+        assert layout.tp <= row.tensor, "never more than the paper"
+        assert layout.pp <= row.pipeline
+        assert layout.tp == 8 or layout.pp == 1, "a pipeline only where a node is not enough"
+
+
+def test_the_rule_is_the_least_that_fits() -> None:
+    row = WEAK_SCALING[6]
+    small, large = (recipe_of(row, **{"layout.memory_gib": size}) for size in (30.0, 400.0))
+    assert (small.layout.settle(1536, small).tp, small.layout.settle(1536, small).pp) == (8, 16)
+    assert (large.layout.settle(1536, large).tp, large.layout.settle(1536, large).pp) == (8, 1)
+
+
+def test_recomputing_every_other_block_needs_more_than_all_and_less_than_none() -> None:
+    row = WEAK_SCALING[3]
+    needs = []
+    for over in ({}, {"saved.every": 2}, {"saved": {"use": "keep"}}):
+        made = recipe_of(row, **over, **{"layout.memory_gib": 1e-3})
+        with pytest.raises(RecipeError) as told:
+            made.layout.settle(row.gpus, made)
+        needs.append(float(re.findall(r"needs ([0-9.]+)\. Take", str(told.value))[0]))
+    assert needs == sorted(needs)
+    assert needs[0] < needs[1] < needs[2]
+
+
+def test_stages_are_equal_or_plain() -> None:
+    row = WEAK_SCALING[5]  # 60 blocks on 4 ranks: 15 each
+    assert recipe_of(row).layout.settle(1024, recipe_of(row)).schedule == "1f1b"
+    three = recipe_of(row, **{"layout.stages_per_rank": 3})
+    found = three.layout.settle(1024, three)
+    assert (found.schedule, found.stages_per_rank, found.pp) == ("interleaved-1f1b", 3, 4)
+
+
+@pytest.mark.ranks
+def test_a_run_of_the_rules_layout(text: Path, cache: Path, tmp_path: Path) -> None:
+    """So little room that four ranks are tp 2 x pp 2; losses are those of one rank."""
+    picked = {"use": "megatron", "ranks_per_node": 2, "memory_gib": 4.5e-4}
+    gang.run(ranked.train, 4, ranked.table(text, cache, layout=picked, micro_batch_size=2), str(tmp_path / "run"))
+    kept = recipes.load(str(tmp_path / "run" / "recipe.toml"), verb="train").layout
+    assert (kept.tp, kept.pp, kept.schedule) == (2, 2, "interleaved-1f1b")
+    gang.run(ranked.train, 1, ranked.table(text, cache), str(tmp_path / "one"))
+    assert ranked.losses(tmp_path / "run") == pytest.approx(ranked.losses(tmp_path / "one"), rel=1e-5)
+    shares = ranked.losses(tmp_path / "run", "pipeline/idle_share")
+    assert len(shares) == 12
+    assert all(share > 0 for share in shares)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,11 @@ SLOTS: dict[str, Shelf] = {
     ),
     "layout": Shelf(
         "how the ranks of a run share the work",
-        {"ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor")},
+        {
+            "ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor"),
+            "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
+            "megatron": Part("methods.megatron:Megatron", "least tensor and pipeline parallelism that fits in memory"),
+        },
         default="ranks",
     ),
     "optimizer": Shelf(

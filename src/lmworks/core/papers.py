@@ -205,6 +205,7 @@ METHODS: dict[str, Method] = {
         2021,
         "tensor, pipeline and data parallelism composed, and rules to choose them",
         ("layout", "plan"),
+        "methods.megatron",
     ),
     "mindgpt-4ov": Method(
         "MindGPT-4ov: An Enhanced MLLM via a Multi-Stage Post-Training Paradigm",
@@ -297,6 +298,7 @@ METHODS: dict[str, Method] = {
         2024,
         "the parallel axes, float8 and checkpoints of PyTorch composed over one mesh",
         ("layout",),
+        "methods.torchtitan",
     ),
     "tpt": Method(
         "Thinking Augmented Pre-training", 2025, "a machine-written train of thought behind every document", ("make",)

@@ -7,7 +7,8 @@ Zaharia, "Efficient Large-Scale Language Model Training on GPU Clusters Using Me
 
 Three ways to divide a training step are used at once, each where the links bear it: tensor parallelism within a
 server, a pipeline between servers, data parallelism over what is left. A pipeline whose ranks hold several stages each
-waits less. Closed formulas say what a layout costs before anything runs.
+waits less. Closed formulas say what a layout costs before anything runs. `layout.use = "megatron"` picks the degrees by
+the paper's rules for as many ranks as there are.
 
 | symbol | meaning | setting |
 | --- | --- | --- |
@@ -74,6 +75,10 @@ The paper's three rules:
 1. Raise t first, up to the GPUs of one server (8), where all-reduces are cheap; then p, across servers.
 2. Make t p no larger than the model and its state need to fit. All other ranks go to d: with t = 1 and p = n / d the
    waiting share is (n - d) b / B, so every rank moved from the pipeline to d takes some away.
+   `layout.use = "megatron"` follows these two: it takes the smallest t, then the smallest p, with which 16 bytes per
+   value of P / (t p) (weights, gradient and two moments in float32) and the activations of the live micro-batches stay
+   below `memory_gib`. On the ten rows of the table it picks the paper's t in eight and the paper's p in seven; the
+   others are larger in the paper than they need to be.
 3. Measure tf(b) and tb(b), and take the b for which (B / (d b) + p - 1) (tf(b) + tb(b)) is least: a larger b makes
    matrices larger and micro-batches fewer. `best_micro_batch` does it.
 
@@ -108,11 +113,127 @@ The paper's three rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
-from lmworks.core.errors import UsageError
+from lmworks.core.errors import Problem, RecipeError, UsageError
+from lmworks.core.recipe import PositiveFloat, PositiveInt
+from lmworks.parallel.layout import Arrangement, Layout
+from lmworks.train.saved import Recompute
+
+STATE_BYTES = 16
+"""Per value: weight, gradient and two moments, float32."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Megatron(Arrangement):
+    """The smallest t, then the smallest p, with which a rank's share fits; all other ranks are data parallel."""
+
+    ranks_per_node: PositiveInt = 8
+    """Ranks that fast links join: the most tensor parallelism."""
+    memory_gib: PositiveFloat = 64.0
+    """What a rank may hold in weights, gradients, moments and activations, GiB. 64 leaves a fifth of 80 free."""
+    stages_per_rank: PositiveInt = 2
+    """v of the interleaved schedule; less where the blocks do not make so many equal stages, 1 for plain 1F1B."""
+
+    @property
+    def asked(self) -> None:
+        """It takes as many as there are."""
+
+    def settle(self, world: int, recipe: Any) -> Layout:
+        """The first (t, p) that fits, t first. Raises RecipeError when none does, with the one that needs least."""
+        need = _Need.of(recipe)
+        least: tuple[float, int, int] | None = None
+        for tensor, pipeline in self._choices(world, need):
+            size = need.gib(world, tensor, pipeline)
+            if size <= self.memory_gib:
+                return self._layout(world, tensor, pipeline, need)
+            least = min(least or (size, tensor, pipeline), (size, tensor, pipeline))
+        text = f"no layout of {world} ranks keeps a rank below it"
+        if least is not None:
+            text += f"; tp = {least[1]}, pp = {least[2]} needs {least[0]:.3g}. Take more ranks, or saved = 'recompute'"
+        raise RecipeError([Problem(path="layout.memory_gib", text=text)])
+
+    def _choices(self, world: int, need: _Need) -> Iterator[tuple[int, int]]:
+        """t from 1 to a node's ranks without a pipeline, then pipelines with the largest t."""
+        tensors = [t for t in range(1, self.ranks_per_node + 1) if world % t == 0 and need.heads % t == 0]
+        yield from ((t, 1) for t in tensors if need.divides(world, t, 1))
+        for p in range(2, need.layers + 1):
+            if world % (tensors[-1] * p) == 0 and need.layers % p == 0 and need.divides(world, tensors[-1], p):
+                yield tensors[-1], p
+
+    def _layout(self, world: int, tensor: int, pipeline: int, need: _Need) -> Layout:
+        micro_batches = need.micro_batches(world, tensor, pipeline)
+        fits = [v for v in range(1, self.stages_per_rank + 1) if need.layers % (pipeline * v) == 0]
+        interleaved = pipeline > 1 and fits[-1] > 1 and micro_batches % pipeline == 0
+        return Layout(
+            pp=pipeline,
+            dp_replicate=world // (tensor * pipeline),
+            dp_shard=1,
+            tp=tensor,
+            sequence_parallel=tensor > 1,
+            schedule="interleaved-1f1b" if interleaved else "1f1b" if micro_batches >= pipeline else "gpipe",
+            stages_per_rank=fits[-1] if interleaved else None,
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    """What of a recipe the choice hangs on."""
+
+    parameters: int
+    layers: int
+    heads: int
+    """That every block's key/value heads can be divided by."""
+    batch: int
+    micro_batch: int | None
+    row_bytes: float
+    """Activations of a row that all blocks keep."""
+
+    @staticmethod
+    def of(recipe: Any) -> _Need:
+        """From a decoded recipe; the vocabulary is the tokenizer's, as far as that tells it."""
+        shape = getattr(recipe.model, "shape", recipe.model)
+        if shape.vocab_size is None:
+            shape = shape.with_vocab(getattr(recipe.data.tokenizer, "vocab_size", None) or 257)
+        blocks, length = shape.blocks(), recipe.data.sequence_length
+        value = 4 if recipe.precision == "fp32" else 2
+        cost = shape.cost(sequence=length, bytes_per_value=value)
+        kept = cost.activation_bytes_per_token
+        if isinstance(recipe.saved, Recompute):
+            # the inputs of the blocks that are run again, what the others keep, and one block's inside at a time
+            again = len(range(0, len(blocks), recipe.saved.every))
+            kept = again * shape.hidden_size * value + kept * (len(blocks) - again + 1) / len(blocks)
+        return _Need(
+            parameters=cost.parameters,
+            layers=len(blocks),
+            heads=math.gcd(*(block.n_kv_heads for block in blocks)),
+            batch=recipe.batch_size,
+            micro_batch=recipe.micro_batch_size,
+            row_bytes=kept * length,
+        )
+
+    def divides(self, world: int, tensor: int, pipeline: int) -> bool:
+        """Whether the rows of a step make whole micro-batches."""
+        rows, rest = divmod(self.batch, world // (tensor * pipeline))
+        return rest == 0 and rows > 0 and rows % min(self.micro_batch or rows, rows) == 0
+
+    def micro_batches(self, world: int, tensor: int, pipeline: int) -> int:
+        """m."""
+        rows = self.batch // (world // (tensor * pipeline))
+        return rows // min(self.micro_batch or rows, rows)
+
+    def gib(self, world: int, tensor: int, pipeline: int) -> float:
+        """GiB of a rank: state, and the activations of min(p, m) micro-batches through its blocks."""
+        rows = self.batch // (world // (tensor * pipeline))
+        micro = min(self.micro_batch or rows, rows)
+        live = min(pipeline, rows // micro)
+        activations = self.row_bytes * micro * live / (tensor * pipeline)
+        return (STATE_BYTES * self.parameters / (tensor * pipeline) + activations) / 2**30
+
 
 VOCABULARY, SEQUENCE = 51_200, 2_048
 """V and s of the paper's table."""
