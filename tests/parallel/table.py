@@ -16,6 +16,7 @@ from lmworks.train.gradient import Clip
 from lmworks.train.optim import AdamW
 from lmworks.train.rehearse import Scene, Seen, perform
 from lmworks.train.saved import Keep, Recompute
+from lmworks.train.slots import Saved
 
 STEPS, ROWS, LENGTH, VOCABULARY = 10, 8, 32, 257
 DECODER: dict[str, Any] = {"vocab_size": VOCABULARY, "n_layers": 4, "hidden_size": 32, "n_heads": 4, "n_kv_heads": 2}
@@ -50,16 +51,22 @@ class Case:
 
     @property
     def scene(self) -> Scene:
-        return Scene(
-            model=MODELS[self.model],
-            layout=self.layout,
-            rows=ROWS,
-            micro_rows=self.micro,
-            length=LENGTH,
-            optimizer=AdamW(lr=1e-2),
-            gradient=(Clip(),),
-            saved=Recompute() if self.recompute else Keep(),
-        )
+        saved = Recompute() if self.recompute else Keep()
+        return scene_of(self.model, self.layout, micro_rows=self.micro, saved=saved)
+
+
+def scene_of(model: str, layout: Layout, *, micro_rows: int = ROWS, saved: Saved | None = None) -> Scene:
+    """A model of the table on any layout."""
+    return Scene(
+        model=MODELS[model],
+        layout=layout,
+        rows=ROWS,
+        micro_rows=micro_rows,
+        length=LENGTH,
+        optimizer=AdamW(lr=1e-2),
+        gradient=(Clip(),),
+        saved=saved or Keep(),
+    )
 
 
 def train_all(rank: int, cases: list[Case], dtype: torch.dtype, steps: int = STEPS) -> list[Seen]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError
+from lmworks.parallel import failure
 from lmworks.train.loop import run
 from lmworks.train.objective import CrossEntropy
 from tests.train import toy
@@ -60,6 +62,28 @@ def poisoned(rank: int, spec: dict[str, Any], path: str, on: int, step: int) -> 
 
     CrossEntropy.loss = loss  # type: ignore[method-assign]
     return refused(rank, spec, path), calls
+
+
+def broken(rank: int, spec: dict[str, Any], path: str, on: int, step: int) -> str:
+    """A run in which one rank meets an error of torch in one step: what this rank would tell its launcher."""
+    plain = CrossEntropy.loss
+    calls = 0
+
+    def loss(self: CrossEntropy, *args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank == on and calls == step:
+            raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
+        return plain(self, *args, **more)
+
+    CrossEntropy.loss = loss  # type: ignore[method-assign]
+    folder = Path(path).with_name("failures")
+    os.environ[failure.FOLDER] = str(folder)
+    try:
+        train(rank, spec, path)
+    except RuntimeError:
+        return next(found.message for found in failure.everything(folder) if found.rank == rank)
+    return ""
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -86,6 +86,24 @@ def test_a_killed_rank_costs_nothing(
     assert ours.state["source"] == theirs.state["source"]
 
 
+def test_a_rank_killed_in_the_middle_of_a_save_costs_nothing(recipe: Path, unbroken: RunFolder, tmp_path: Path) -> None:
+    """A save after every step, so that one is going on when the rank dies: the checkpoint before it holds."""
+    folder = RunFolder(tmp_path / "run")
+    with (tmp_path / "said").open("w") as said:
+        command = [*words("launch", recipe, folder.path), "--set", "checkpoints.every=1"]
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        until = time.monotonic() + 120
+        while seen(folder) < 6 or not list(folder.checkpoints.glob(".writing-step-*")):
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < until, "no save was seen"
+        os.kill(pid_of(process.pid, 1), signal.SIGKILL)
+        code = process.wait(timeout=300)
+    assert code == 0, (tmp_path / "said").read_text()
+    assert len(json.loads(folder.record.read_text())["attempts"]) == 2
+    assert toy.learned(folder) == toy.learned(unbroken)
+    assert not list(folder.checkpoints.glob(".writing-*"))
+
+
 def seen(folder: RunFolder) -> int:
     """The newest step in metrics.jsonl."""
     if not folder.metrics.is_file():

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lmworks.model.checkpoint import complete, load, locate
 from lmworks.parallel import gang
+from lmworks.serve.export import export_model
 from lmworks.train import save
 from tests.train import ranked, toy
 
@@ -111,6 +113,31 @@ def test_samples_are_those_of_one_rank(name: str, text: Path, cache: Path, tmp_p
     assert found["one"].count("\n") == 6
 
 
+@pytest.mark.parametrize("name", ["pp-2-tp-2", "hsdp-4"])
+def test_a_run_of_ranks_is_exported_like_any_other(
+    name: str, text: Path, cache: Path, one: Path, tmp_path: Path
+) -> None:
+    """A tied table stands at both ends of the pipeline and once in the file; the last save is float32 and whole."""
+    ranks, over = LAYOUTS[name]
+    gang.run(ranked.train, ranks, ranked.table(text, cache, **over), str(tmp_path / "run"))
+    last = save.read(complete(tmp_path / "run" / "checkpoints")[-1])
+    assert {value.dtype for value in last.tensors["model"].values()} == {torch.float32}
+    assert last.tensors["optimizer"], "the last save can be gone on from"
+    files = {}
+    for label, path in (("ranks", tmp_path / "run"), ("one", one)):
+        for dtype in ("fp32", "bf16"):
+            report = export_model(path, tmp_path / f"{label}-{dtype}", dtype=dtype, transformers=False)
+            assert report["max_difference"] <= 1e-5
+            files[label, dtype] = load_file(tmp_path / f"{label}-{dtype}" / "model.safetensors")
+    assert "lm_head.weight" not in files["ranks", "fp32"]
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        ours, theirs = files["ranks", dtype], files["one", dtype]
+        assert ours.keys() == theirs.keys()
+        assert {value.dtype for value in ours.values()} == {kind}
+        for key, value in theirs.items():
+            assert (ours[key].float() - value.float()).abs().max() <= 1e-2 * value.float().abs().max(), key
+
+
 def keep_until(path: Path, step: int) -> None:
     """Make a run look as if it had been killed after a checkpoint."""
     (path / "summary.json").unlink()
@@ -134,6 +161,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     assert all(torch.isfinite(value).all() for value in weights[-1].values())
 
 
+def test_a_rank_that_waited_in_vain_tells_its_last_exchanges(text: Path, cache: Path, tmp_path: Path) -> None:
+    """One rank does not answer any more; gloo tells the other one that the connection is gone."""
+    spec = ranked.table(text, cache, layout={"tp": 2})
+    told = gang.run(ranked.broken, 2, spec, str(tmp_path / "run"), 0, 3)[0]
+    assert told.startswith("RuntimeError: Timed out waiting")
+    assert "last exchanges of this rank: " in told
+    assert told.count("tp all-reduce") >= 3
+
+
 def test_each_rank_writes_its_part_and_a_damaged_part_is_named(text: Path, cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     gang.run(ranked.train, 2, ranked.table(text, cache), str(path))
@@ -149,6 +185,12 @@ def test_each_rank_writes_its_part_and_a_damaged_part_is_named(text: Path, cache
     keep_until(path, 99)
     with pytest.raises(gang.RankFailed, match=r"model-00002-of-00002\.safetensors has .* were written"):
         gang.run(ranked.train, 2, ranked.table(text, cache), str(path), str(last))
+
+
+def test_a_pipeline_that_mostly_waits_is_told(text: Path, cache: Path, tmp_path: Path) -> None:
+    over = {"layout": {"pp": 2, "schedule": "gpipe"}, "micro_batch_size": 8, "steps": 2}
+    notes = gang.run(ranked.train, 2, ranked.table(text, cache, **over), str(tmp_path / "run"))
+    assert any("ranks of the pipeline wait 100 % of the time that they compute" in note for note in notes[0])
 
 
 @pytest.mark.parametrize(

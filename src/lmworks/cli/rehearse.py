@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +18,7 @@ def rehearse(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; may be given many times.")
     ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the real pipeline's timeline into this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the layout of a recipe at toy size: same axes, stages, schedule and parts; is it what one process computes?
@@ -44,6 +46,8 @@ def rehearse(
     scene, said = rehearsal.small(decoded, layout, most=most)
     if not as_json:
         say(f"asked for: {layout.ranks} ranks ({rehearsal.described(layout)})")
+    _pipeline(decoded, picture, as_json=as_json)
+    if not as_json:
         say(f"rehearsed: {scene.layout.ranks} ranks ({rehearsal.described(scene.layout)})")
         for line in said:
             say(f"  smaller: {line}")
@@ -56,6 +60,25 @@ def rehearse(
         _print(verdict)
     if not (verdict.equal and verdict.billed):
         raise typer.Exit(4)
+
+
+def _pipeline(recipe: Any, picture: Path | None, *, as_json: bool) -> None:
+    """How long the real pipeline waits, with its stages as uneven as they are; and its picture."""
+    from lmworks.cli.console import say
+    from lmworks.core.errors import UsageError
+    from lmworks.parallel.timeline import draw
+    from lmworks.train.rehearse import pipeline_of
+
+    if recipe.layout.pp == 1:
+        if picture is not None:
+            raise UsageError("there is no pipeline to draw: layout.pp is 1", where="--picture")
+        return
+    timeline = pipeline_of(recipe, recipe.layout)
+    if not as_json:
+        say(f"  its pipeline waits {timeline.bubble_share:.0%} of the time that it computes, sends apart")
+    if picture is not None:
+        draw(timeline, picture)
+        say(f"  drawn in {picture}; the unit is a micro-batch forward through a rank")
 
 
 def _print(verdict: object) -> None:

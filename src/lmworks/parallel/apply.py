@@ -34,6 +34,7 @@ from lmworks.parallel import experts, tensor
 from lmworks.parallel.billing import BilledAllGather, BilledReduceScatter, billed_all_reduce
 from lmworks.parallel.context import Context
 from lmworks.parallel.pipeline import Pipeline, held_by, split
+from lmworks.parallel.replicas import Replicas
 from lmworks.parallel.shard import Cut, boxes, divide, local
 from lmworks.parallel.wire import Wire, alone
 
@@ -56,6 +57,8 @@ class Placement:
             self.boxes |= boxes(chunk, self.cuts, wire)
         self.context = Context(wire) if wire.size("cp") > 1 else None
         self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
+        copies, divided = wire.size("dp_replicate"), wire.size("fsdp")
+        self.replicas = Replicas(self.model.parameters(), wire) if copies > 1 and divided == 1 else None
         self._holders = {p: math.prod(self.others_alike(name).values()) for name, p in self.model.named_parameters()}
 
     @property
@@ -85,6 +88,8 @@ class Placement:
             total = torch.zeros((), device=self.device)
             for i, micro in enumerate(micros):
                 self._sync_at_the_end(i == len(micros) - 1)
+                if self.replicas is not None and i == len(micros) - 1:
+                    self.replicas.begin()
                 loss = loss_of(self.chunks[0], micro)
                 torch.autograd.backward(loss)
                 total = total + loss.detach()
@@ -238,7 +243,10 @@ class Placement:
                 chunk.set_is_last_backward(last)
 
     def _join_gradients(self) -> None:
-        """Sum what tp ranks have a part of each, and a tied token table that stands at both ends of a pipeline."""
+        """Sum what replicas have, what tp ranks have a part of each, and a tied token table that stands at both ends of
+        a pipeline."""
+        if self.replicas is not None:
+            self.replicas.finish()
         named = dict(self.model.named_parameters())
         if self.wire.size("tp") > 1:
             divided = self.layout.sequence_parallel
@@ -249,9 +257,10 @@ class Placement:
             ]
             self._sum_together(partial, "tp")
         cut = [local(p.grad) for name, p in named.items() if p.grad is not None and self._by_expert(name)]
-        for axis in ("edp", "dp_replicate"):
-            if self.wire.size(axis) > 1:
-                self._sum_together(cut, axis)
+        if self.wire.size("edp") > 1:
+            self._sum_together(cut, "edp")
+        if self.replicas is None and self.wire.size("dp_replicate") > 1:
+            self._sum_together(cut, "dp_replicate")
         table = named.get("embed.weight")
         if table is not None and table.grad is not None and self._at_both_ends("embed.weight"):
             self.wire.sum(local(table.grad), "ends" if self.wire.size("pp") > 2 else "pp")
@@ -329,7 +338,7 @@ def place(
         chunks.append(chunk)
     if len(chunks) > 1 and config.tied and held[0] == 0 and held[-1] == layout.stages - 1:
         chunks[-1].embed = chunks[0].embed  # both ends of a V: one table, one gradient
-    if layout.size("fsdp") * layout.dp_replicate > 1:
+    if layout.size("fsdp") > 1:
         for chunk in chunks:
             _shard(chunk, wire, device, dtype, {name for name, cut in cuts.items() if cut.axis == "ep"})
     for chunk in chunks:

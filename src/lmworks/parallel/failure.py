@@ -87,7 +87,9 @@ def _failure_of(error: BaseException, step: int | None) -> Failure:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     ours = isinstance(error, LmworksError)
     code = error.exit_code if isinstance(error, LmworksError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    message = str(error) if ours else f"{type(error).__name__}: {error}"
+    message = "\n  ".join(
+        [str(error) if ours else f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+    )
     trace = "".join(traceback.format_exception(error))
     return Failure(
         rank=rank,

@@ -139,6 +139,13 @@ class Layout(Arrangement):
         assert self.dp_shard is not None, "the layout is settled"
         return self.others * self.dp_shard
 
+    def waits(self, micro_batches: int) -> float:
+        """Seconds that a pipeline's ranks wait over seconds that they compute, stages being equal and sends free.
+
+        (p - 1) / (v m): GPipe, 1F1B and its interleaved form (Narayanan et al. 2021). The others wait less.
+        """
+        return (self.pp - 1) / (self.held * micro_batches)
+
     def size(self, axis: str) -> int:
         """Ranks along an axis or a view."""
         if axis in VIEWS:

@@ -7,9 +7,10 @@ others, a send what is sent. So formulas of papers can be held against the bill.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ Group = dist.ProcessGroup
 # torch 2.13 renamed these two
 gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+LAST = 6
+"""How many of the last exchanges are kept, for the error of a rank that waited in vain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,14 @@ class Bill:
         return Bill(calls=self.calls + 1, bytes=self.bytes + size)
 
 
+class Running(Protocol):
+    """An exchange that goes on beside other work."""
+
+    def wait(self) -> bool:
+        """Return when it is done."""
+        ...
+
+
 class Wire:
     """Collectives of one rank by the name of the axis."""
 
@@ -46,6 +59,7 @@ class Wire:
         self._groups = dict(groups)
         self.bills: dict[tuple[str, str], Bill] = {}
         """By (axis, operation)."""
+        self._last: deque[str] = deque(maxlen=LAST)
 
     @property
     def seat(self) -> tuple[int, int]:
@@ -67,10 +81,22 @@ class Wire:
     def note(self, axis: str, operation: str, size: float) -> None:
         """Put a call on the bill: `size` bytes sent. For collectives that torch makes by itself."""
         self.bills[axis, operation] = self.bills.get((axis, operation), Bill()).plus(size)
+        self._last.append(f"{axis} {operation} {size:,.0f} B")
+
+    def last(self) -> str:
+        """The last exchanges that this rank began, oldest first: where ranks that wait for each other stand."""
+        return ", ".join(self._last) or "none"
 
     def sum(self, x: Tensor, axis: str) -> Tensor:
         """The sum over the axis, in place."""
         return self._reduce(x, axis, dist.ReduceOp.SUM)
+
+    def begin_sum(self, x: Tensor, axis: str) -> Running:
+        """Begin the sum over an axis of several ranks, in place; x may be used after `wait()` on what is returned."""
+        n = self.size(axis)
+        self.note(axis, "all-reduce", 2 * (n - 1) / n * x.nbytes)
+        running: Running = dist.all_reduce(x, group=self.group(axis), async_op=True)
+        return running
 
     def maximum(self, x: Tensor, axis: str) -> Tensor:
         """The largest over the axis, in place."""

@@ -113,6 +113,13 @@ def _build(
     built = build(recipe, wire, device=device, progress=preparing, resume=resume)
     for text in dropped(built.prepared.manifest["sources"]):
         report.note(text)
+    micro_batches = built.step.micro_batches
+    if micro_batches < wire.layout.pp:
+        share = wire.layout.waits(micro_batches)
+        text = f"ranks of the pipeline wait {share:.0%} of the time that they compute".replace("%", " %")
+        report.note(
+            f"{text}: {wire.layout.pp} ranks, {micro_batches} micro-batches; a smaller micro_batch_size makes more"
+        )
     must_fit_positions(built.placement.chunks[0].config, built.prepared.tokenizer, recipe.samples)
     return built
 
@@ -143,9 +150,11 @@ class Loop:
         try:
             why = self._steps(stop)
         except BaseException as error:
-            failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
             if not isinstance(error, LmworksError):  # those are raised on all ranks, or where none waits for another
+                if self.wire.layout.ranks > 1:
+                    error.add_note(f"last exchanges of this rank: {self.wire.last()}")
                 self.checkpoints.hurry()
+            failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
             with suppress(OSError, LmworksError):  # the first error is the one to tell
                 self.records.close(self.checkpoints.wait)
             raise

@@ -25,7 +25,10 @@ from lmworks.model.sizes import Shape
 from lmworks.parallel import gang, world
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import AXES, Layout
+from lmworks.parallel.pipeline import block_costs, split
+from lmworks.parallel.schedule import order
 from lmworks.parallel.shard import local
+from lmworks.parallel.timeline import Timeline, simulate
 from lmworks.parallel.traffic import Work, traffic
 from lmworks.parallel.wire import alone
 from lmworks.train.objective import CrossEntropy
@@ -240,6 +243,28 @@ def differences(found: list[Seen], want: Seen) -> tuple[float, tuple[str, ...]]:
         if left.any():
             missing.append(name)
     return worst, tuple(missing)
+
+
+# --- the real pipeline ------------------------------------------------------------------------------------------------
+
+
+def pipeline_of(recipe: Any, layout: Layout) -> Timeline:
+    """The real pipeline of a recipe under a settled layout on a clock: stages take what their blocks and the head cost.
+
+    The unit of time is a micro-batch forward through all stages of a rank, on average; backward takes twice that. Sends
+    take none.
+    """
+    shape, length = getattr(recipe.model, "shape", recipe.model), recipe.data.sequence_length
+    if shape.vocab_size is None:
+        shape = shape.with_vocab(getattr(recipe.data.tokenizer, "vocab_size", None) or VOCABULARY)
+    costs = block_costs(shape, sequence=length)
+    stages = [sum(costs[block] for block in blocks) for blocks in split(shape, layout, sequence=length)]
+    stages[-1] += 2.0 * shape.vocab_size * shape.hidden_size
+    forward = [cost * layout.pp / sum(stages) for cost in stages]
+    own = recipe.batch_size // layout.size("batch")
+    micro_batches = own // min(recipe.micro_batch_size or own, own)
+    found = order(layout.schedule, ranks=layout.pp, micro_batches=micro_batches, stages_per_rank=layout.held)
+    return simulate(found, forward_seconds=forward, backward_seconds=[2 * cost for cost in forward])
 
 
 # --- making things small ----------------------------------------------------------------------------------------------

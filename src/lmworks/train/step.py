@@ -55,6 +55,11 @@ class Step:
     micro_rows: int
     """Rows of one forward pass on one rank; the last one may be smaller."""
 
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one step on one rank."""
+        return -(-self.rows // (self.placement.share[1] * self.micro_rows))
+
     def __call__(self) -> StepResult:
         """One step. Raises NonFinite, on all ranks and with nothing updated, when loss or gradient is not finite."""
         placement = self.placement

@@ -1,0 +1,114 @@
+"""Places of ranks, splits of blocks and parts of tensors: nothing twice, nothing left out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmworks.core.errors import RecipeError
+from lmworks.model.decoder import DecoderConfig
+from lmworks.parallel.layout import AXES, VIEWS, Layout
+from lmworks.parallel.pipeline import block_costs, cheapest, held_by, holder, split
+from lmworks.parallel.shard import shares
+from lmworks.parallel.world import lines
+
+DEGREES = st.fixed_dictionaries({axis: st.integers(1, 3) for axis in AXES})
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    degrees = draw(DEGREES)
+    fsdp = degrees["dp_shard"] * degrees["cp"]
+    ep = draw(st.sampled_from([d for d in range(1, fsdp + 1) if fsdp % d == 0]))
+    return Layout(**degrees, ep=ep)
+
+
+@given(layouts())
+def test_every_rank_has_a_place_of_its_own(layout: Layout) -> None:
+    places = {tuple(layout.place(rank, axis) for axis in AXES) for rank in range(layout.ranks)}
+    assert places == set(itertools.product(*(range(layout.size(axis)) for axis in AXES)))
+
+
+@given(layouts(), st.sampled_from([*AXES, "batch", "fsdp", "loss", "ep", "edp"]))
+def test_lines_cover_all_ranks_once_in_the_order_of_places(layout: Layout, axis: str) -> None:
+    found = lines(layout, axis)
+    assert sorted(rank for line in found for rank in line) == list(range(layout.ranks))
+    apart = [a for a in AXES if a != axis and a not in VIEWS.get(axis, ())]
+    if axis in ("ep", "edp"):
+        apart = [a for a in AXES if a not in VIEWS["fsdp"]]
+    for line in found:
+        assert [layout.place(rank, axis) for rank in line] == list(range(layout.size(axis)))
+        for other in apart:
+            assert len({layout.place(rank, other) for rank in line}) == 1, other
+
+
+@given(layouts())
+def test_ranks_with_other_experts_and_ranks_with_the_same_make_up_fsdp(layout: Layout) -> None:
+    for rank in range(layout.ranks):
+        here = layout.place(rank, "edp") * layout.ep + layout.place(rank, "ep")
+        assert here == layout.place(rank, "fsdp")
+
+
+@given(DEGREES, st.integers(1, 200))
+def test_what_is_left_goes_to_dp_shard_or_the_nearest_legal_is_named(degrees: dict[str, int], world: int) -> None:
+    others = {axis: size for axis, size in degrees.items() if axis != "dp_shard"}
+    product = math.prod(others.values())
+    if world % product == 0:
+        assert Layout(**others).settle(world) == Layout(**others, dp_shard=world // product)
+        return
+    with pytest.raises(RecipeError) as told:
+        Layout(**others).settle(world)
+    words = str(told.value).partition(f"Legal with {world}: ")[2].partition(";")[0]
+    legal = {name: int(size) for name, size in (pair.split(" = ") for pair in words.split(", "))}
+    assert Layout(**legal).settle(world).ranks == world
+    assert all(legal.get(axis, 1) <= size for axis, size in others.items())
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 30))
+def test_the_split_is_the_best_of_all(costs: list[int], stages: int, head: int) -> None:
+    stages = min(stages, len(costs))
+    found = cheapest([float(c) for c in costs], stages, after=float(head))
+    assert sum(found) == len(costs)
+    assert min(found) >= 1
+
+    def dearest(lengths: Any) -> int:
+        stops = list(itertools.accumulate(lengths))
+        sums = [sum(costs[stop - size : stop]) for stop, size in zip(stops, lengths, strict=True)]
+        return max([*sums[:-1], sums[-1] + head])
+
+    every = [
+        lengths for lengths in itertools.product(range(1, len(costs) + 1), repeat=stages) if sum(lengths) == len(costs)
+    ]
+    assert dearest(found) == min(dearest(lengths) for lengths in every)
+
+
+def test_a_large_head_leaves_the_last_stage_fewer_blocks() -> None:
+    shape: dict[str, Any] = {"n_layers": 8, "hidden_size": 64, "n_heads": 4, "n_kv_heads": 4, "ffn_size": 128}
+    small, large = (DecoderConfig(vocab_size=size, **shape) for size in (64, 4096))
+    layout = Layout(pp=2, dp_shard=1)
+    assert [len(s) for s in split(small, layout, sequence=32)] == [4, 4]
+    lengths = [len(s) for s in split(large, layout, sequence=32)]
+    assert lengths == [7, 1]
+    head = 2 * 4096 * 64
+    assert head > 3 * block_costs(large, sequence=32)[0]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved-1f1b", "zero-bubble-v"])
+def test_every_stage_has_one_holder(schedule: Any) -> None:
+    layout = Layout(pp=3, dp_shard=1, schedule=schedule)
+    held = [held_by(layout, place) for place in range(3)]
+    assert sorted(stage for stages in held for stage in stages) == list(range(layout.stages))
+    assert all(stage in held[holder(layout, stage)] for stage in range(layout.stages))
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_shares_tile_what_is_divided(size: int, ranks: int) -> None:
+    """Any number of ranks, also more than there are entries."""
+    found = shares(size, ranks)
+    assert [entry for start, length in found for entry in range(start, start + length)] == list(range(size))
+    assert max(length for _, length in found) - min(length for _, length in found) <= 1
