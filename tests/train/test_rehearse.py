@@ -133,6 +133,7 @@ def test_a_scene_is_rehearsed_as_it_is() -> None:
 def test_the_answer_can_be_read_by_a_script(tmp_path: Path) -> None:
     words = ["rehearse", "methods/torchtitan", "--ranks", "64", "--set", "layout.dimensions=3", "--most", "2"]
     words += ["--set", "model.n_kv_heads=8", "--set", "model.n_heads=8", "--set", "layout.ranks_per_node=4", "--json"]
+    words += ["--set", "batch_size=64"]
     words += ["--picture", str(tmp_path / "pipeline.png")]
     done = subprocess.run([sys.executable, "-m", "lmworks", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

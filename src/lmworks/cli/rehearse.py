@@ -75,10 +75,10 @@ def _pipeline(recipe: Any, picture: Path | None, *, as_json: bool) -> None:
         return
     timeline = pipeline_of(recipe, recipe.layout)
     if not as_json:
-        say(f"  its pipeline waits {timeline.bubble_share:.0%} of the time that it computes, sends apart")
+        say(f"  its pipeline waits {100 * timeline.bubble_share:.0f} % of the time that it computes, sends apart")
     if picture is not None:
-        draw(timeline, picture)
-        say(f"  drawn in {picture}; the unit is a micro-batch forward through a rank")
+        draw(timeline, picture, unit="micro-batches forward through a rank")
+        say(f"  drawn in {picture}")
 
 
 def _print(verdict: object) -> None:

@@ -235,8 +235,8 @@ NUMBERED = 600
 """Up to so many actions a picture carries their micro-batches' numbers; more would overlap."""
 
 
-def draw(timeline: Timeline, path: Path, *, title: str | None = None) -> None:
-    """Write a timeline as PNG: a row per rank, micro-batches by number, a rank's later stages paler."""
+def draw(timeline: Timeline, path: Path, *, title: str | None = None, unit: str = "seconds") -> None:
+    """Write a timeline as PNG: a row per rank, micro-batches by number, a rank's later stages paler; time in `unit`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (0.4 s, and only for pictures)
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
@@ -253,13 +253,15 @@ def draw(timeline: Timeline, path: Path, *, title: str | None = None) -> None:
     axes.set_yticks(range(rows), [f"rank {rank}" for rank in range(rows)])
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(0, timeline.makespan)
-    axes.set_xlabel("seconds")
+    axes.set_xlabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     kinds = [kind for kind in Kind if any(event.kind is kind for event in timeline.events)]
     keys = [Patch(facecolor=COLOURS[kind], label=kind.value) for kind in kinds]
     keys += [Patch(facecolor="white", edgecolor="#777777", label="waiting")]
     figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), frameon=False, fontsize=8)
-    known = f"{timeline.order.name}: {timeline.makespan:.4g} s, bubble {100 * timeline.bubble_share:.3g} % of the work"
+    known = (
+        f"{timeline.order.name}: {timeline.makespan:.4g} {unit}, bubble {100 * timeline.bubble_share:.3g} % of the work"
+    )
     axes.set_title(title or known, loc="left", fontsize=10)
     figure.savefig(path, dpi=120)
 

@@ -114,22 +114,26 @@ class Wire:
         n = self.size(axis)
         if n == 1:
             return x
-        first = x.movedim(dim, 0).contiguous()
-        whole = torch.empty((n * first.shape[0], *first.shape[1:]), dtype=x.dtype, device=x.device)
+        whole = _like(x, dim, n * x.shape[dim])
         self.note(axis, "all-gather", (n - 1) / n * whole.nbytes)
-        gather_into(whole, first, group=self.group(axis))
-        return whole.movedim(0, dim).contiguous()
+        front = whole.movedim(dim, 0)
+        straight = front.is_contiguous()  # then ranks' parts lie behind each other as they come
+        target = front if straight else torch.empty_like(front, memory_format=torch.contiguous_format)
+        gather_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
+        return whole if straight else whole.copy_(target.movedim(0, dim))
 
     def scatter_sum(self, x: Tensor, axis: str, dim: int) -> Tensor:
         """This rank's part, along `dim`, of the sum over the axis."""
         n = self.size(axis)
         if n == 1:
             return x
-        first = x.movedim(dim, 0).contiguous()
-        part = torch.empty((first.shape[0] // n, *first.shape[1:]), dtype=x.dtype, device=x.device)
-        self.note(axis, "reduce-scatter", (n - 1) / n * first.nbytes)
-        reduce_scatter_into(part, first, group=self.group(axis))
-        return part.movedim(0, dim).contiguous()
+        part = _like(x, dim, x.shape[dim] // n)
+        self.note(axis, "reduce-scatter", (n - 1) / n * x.nbytes)
+        front = part.movedim(dim, 0)
+        straight = front.is_contiguous()
+        target = front if straight else torch.empty_like(front, memory_format=torch.contiguous_format)
+        reduce_scatter_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
+        return part if straight else part.copy_(target.movedim(0, dim))
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int], axis: str) -> Tensor:
         """All-to-all: rows of x in runs of `sent`, one run per rank, for the runs of `received` rows from each."""
@@ -168,6 +172,13 @@ class Wire:
         data = data if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, group=self.group("patient"), group_src=0)
         return bytes(data.tolist()).decode()
+
+
+def _like(x: Tensor, dim: int, length: int) -> Tensor:
+    """A new tensor of x's shape but for one length. A tensor of its own and not a view: FSDP warns of views."""
+    shape = list(x.shape)
+    shape[dim] = length
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def alone() -> Wire:
