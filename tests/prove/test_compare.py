@@ -23,7 +23,7 @@ from lmworks.core.papers import METHODS
 from lmworks.prove import evidence, report
 from lmworks.prove.arm import Measured
 from lmworks.prove.budget import cost_of_step, equal_steps, trial_table
-from lmworks.prove.compare import Comparison, Tried, compare, confounders, grid_points, seeds_of
+from lmworks.prove.compare import Comparison, Tried, compare, confounded_arms, confounders, grid_points, seeds_of
 from lmworks.prove.recipe import Arm, Proof, arm_table
 from tests.train import toy
 
@@ -291,7 +291,19 @@ def test_every_shipped_proof_and_its_arms_decode(path: Path) -> None:
     proof = recipes.load(path, verb="prove")
     assert proof.method in METHODS
     assert proof.method == path.stem
-    base = recipes.decode(arm_table(proof, proof.arm(proof.baseline)))
-    for arm in proof.arms:
-        decoded = recipes.decode(arm_table(proof, arm), verb="train")
-        assert confounders(proof, decoded, base) == ()
+    decoded = {arm.name: recipes.decode(arm_table(proof, arm), verb="train") for arm in proof.arms}
+    assert confounded_arms(proof, decoded) == {}
+
+
+def test_an_arm_is_confounded_by_what_it_is_held_against(tmp_path: Path) -> None:
+    """Two arms that are longer than the baseline may be held against each other, not against it."""
+    arms = [{"name": "adamw"}, *({"name": name, "set": {"steps": 9}} for name in ("long", "longer"))]
+    test = {"claim": "equal", "arm": "long", "want": "same", "bound": 0.0}
+    near = proof_of(tmp_path, arms=arms, axis="steps", claims=[CLAIM], tests=[{**test, "against": "longer"}])
+    decoded = {arm.name: recipes.decode(arm_table(near, arm)) for arm in near.arms}
+    assert confounded_arms(near, decoded) == {}
+    far = proof_of(tmp_path, arms=arms, axis="steps", claims=[CLAIM], tests=[{**test, "against": "adamw"}])
+    assert confounded_arms(far, decoded) == {"long": ("steps",), "longer": ("steps",)}
+
+
+CLAIM = {"name": "equal", "statement": "s", "condition": "c", "figure": "0", "source": "x"}

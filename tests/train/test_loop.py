@@ -224,11 +224,9 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(
 ) -> None:
     written = save.write
 
-    def slowly(
-        folder: Path, snapshot: save.Snapshot, seat: tuple[int, int]
-    ) -> None:  # as on a busy disk: the loss explodes meanwhile
+    def slowly(*words: Any, **named: Any) -> None:  # as on a busy disk: the loss explodes meanwhile
         time.sleep(0.5)
-        written(folder, snapshot, seat)
+        written(*words, **named)
 
     monkeypatch.setattr(save, "write", slowly)
     made = toy.recipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ def test_a_run_goes_on_under_another_layout(
     keep_until(path, 10)
     gang.run(ranked.train, 1, ranked.table(text, cache), str(path))
     same_end(path, one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_on_ranks_learn_the_same(text: Path, cache: Path, one: Path, tmp_path: Path) -> None:
+    ranks, over = LAYOUTS["sp-2"]
+    gang.run(ranked.train, ranks, ranked.table(text, cache, **over, compile=True), str(tmp_path / "run"))
+    same_end(tmp_path / "run", one)
 
 
 @pytest.mark.parametrize("name", ["fsdp-2", "pp-2-tp-2"])

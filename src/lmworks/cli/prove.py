@@ -94,7 +94,7 @@ def _text(content: dict[str, Any]) -> str:
     lines = [table(report.arm_rows(content), header=report.ARM_HEADER), ""]
     lines += report.finding_lines(content)
     for arm, what in content["confounded"].items():
-        lines.append(f"confounded: {arm} differs from {content['baseline']} in {', '.join(what)} as well")
+        lines.append(f"confounded: {arm} differs from what it is held against in {', '.join(what)} as well")
     if len(content["seeds"]) < 5:
         lines.append(f"With {len(content['seeds'])} seeds the interval is the range of the paired values.")
     return "\n".join(lines)

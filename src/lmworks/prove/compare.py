@@ -77,7 +77,7 @@ class Comparison:
     arms: dict[str, ArmResult]
     findings: tuple[Finding, ...]
     confounded: dict[str, tuple[str, ...]]
-    """Arm -> settings, beyond the named ones, in which it differs from the baseline."""
+    """Arm -> settings, beyond the named ones, in which it differs from one that it is held against."""
 
 
 def compare(proof: Proof, folder: Path, told: Told) -> Comparison:
@@ -102,11 +102,7 @@ def compare(proof: Proof, folder: Path, told: Told) -> Comparison:
     apart = {pair: confounders(proof, decoded[pair[0]], decoded[pair[1]]) for pair in pairs}
     runs = {name: result.runs for name, result in arms.items()}
     found = tuple(judge(test, runs, proof.seeds, proof.axis, apart[test.arm, test.against]) for test in tests)
-    base = decoded[proof.baseline]
-    confounded = {name: confounders(proof, one, base) for name, one in decoded.items()}
-    return Comparison(
-        proof=proof, arms=arms, findings=found, confounded={name: what for name, what in confounded.items() if what}
-    )
+    return Comparison(proof=proof, arms=arms, findings=found, confounded=confounded_arms(proof, decoded))
 
 
 def default_tests(proof: Proof) -> tuple[Test, ...]:
@@ -128,6 +124,20 @@ def confounders(proof: Proof, ours: Any, theirs: Any) -> tuple[str, ...]:
         return tuple(slots) if len(slots) > 1 else ()
     named = proof.may_differ
     return tuple(p for p in paths if not any(p == name or p.startswith(f"{name}.") for name in named))
+
+
+def confounded_arms(proof: Proof, decoded: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Arms that differ in more than they should from an arm that they are held against, with what it is.
+
+    An arm that no test names is held against the baseline.
+    """
+    pairs = [(test.arm, test.against) for test in proof.tests or default_tests(proof)]
+    named = {name for pair in pairs for name in pair}
+    pairs += [(name, proof.baseline) for name in decoded if name not in named]
+    found: dict[str, tuple[str, ...]] = {}
+    for arm, against in pairs:
+        found[arm] = tuple(dict.fromkeys([*found.get(arm, ()), *confounders(proof, decoded[arm], decoded[against])]))
+    return {arm: what for arm, what in found.items() if what}
 
 
 class _Work:
