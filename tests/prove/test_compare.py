@@ -173,6 +173,14 @@ def test_evidence_is_stale_when_its_method_or_proof_has_changed(tmp_path: Path) 
     assert stale.summary().endswith("(stale)")
 
 
+def test_the_newest_evidence_of_a_day_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "evidence_folder", lambda: tmp_path)
+    kept = [evidence.save({"method": "sophia", "date": "2026-11-24", "number": i}) for i in range(11)]
+    evidence.save({"method": "sophia", "date": "2026-11-23", "number": -1})
+    assert len(set(kept)) == 11
+    assert [one.content["number"] for one in evidence.evidence_of("sophia")] == list(range(-1, 11))
+
+
 def test_numbers_that_json_does_not_know_are_words() -> None:
     assert evidence.plain({"a": float("inf"), "b": [float("nan"), 1.5], 3: ("x",)}) == {
         "a": "inf",
