@@ -135,7 +135,8 @@ def _draw_arm(axes: Any, arm: dict[str, Any], colour: str) -> None:
     length = min(len(curve) for curve in curves)
     places = [sum(curve[i][0] for curve in curves) / len(curves) for i in range(length)]
     columns = [[curve[i][1] for curve in curves] for i in range(length)]
-    axes.plot(places, [sum(c) / len(c) for c in columns], color=colour, label=arm["name"])
+    alone = {"marker": "o"} if length == 1 else {}  # a line of one point would not be seen
+    axes.plot(places, [sum(c) / len(c) for c in columns], color=colour, label=arm["name"], **alone)
     axes.fill_between(
         places, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, linewidth=0
     )
@@ -145,6 +146,8 @@ def _draw_ends(axes: Any, content: dict[str, Any]) -> None:
     metric = content["metric"]
     base = next(arm for arm in content["arms"] if arm["name"] == content["baseline"])
     others = [arm for arm in content["arms"] if arm is not base]
+    if content["axis"] == "steps":  # arms of another length are held against each other only
+        others = [arm for arm in others if arm["steps"] == base["steps"]]
     names = []
     for i, arm in enumerate(others):
         pairs = [(a[metric], b[metric]) for a, b in zip(arm["runs"], base["runs"], strict=True)]
