@@ -115,8 +115,8 @@ def _build(
         report.note(text)
     micro_batches = built.step.micro_batches
     if micro_batches < wire.layout.pp:
-        share = wire.layout.waits(micro_batches)
-        text = f"ranks of the pipeline wait {share:.0%} of the time that they compute".replace("%", " %")
+        share = 100 * wire.layout.waits(micro_batches)
+        text = f"ranks of the pipeline wait {share:.0f} % of the time that they compute"
         report.note(
             f"{text}: {wire.layout.pp} ranks, {micro_batches} micro-batches; a smaller micro_batch_size makes more"
         )

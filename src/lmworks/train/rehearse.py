@@ -261,10 +261,15 @@ def pipeline_of(recipe: Any, layout: Layout) -> Timeline:
     stages = [sum(costs[block] for block in blocks) for blocks in split(shape, layout, sequence=length)]
     stages[-1] += 2.0 * shape.vocab_size * shape.hidden_size
     forward = [cost * layout.pp / sum(stages) for cost in stages]
-    own = recipe.batch_size // layout.size("batch")
-    micro_batches = own // min(recipe.micro_batch_size or own, own)
-    found = order(layout.schedule, ranks=layout.pp, micro_batches=micro_batches, stages_per_rank=layout.held)
+    number = micro_batches_of(recipe, layout)
+    found = order(layout.schedule, ranks=layout.pp, micro_batches=number, stages_per_rank=layout.held)
     return simulate(found, forward_seconds=forward, backward_seconds=[2 * cost for cost in forward])
+
+
+def micro_batches_of(recipe: Any, layout: Layout) -> int:
+    """Micro-batches of one rank in a step of the real run."""
+    own: int = recipe.batch_size // layout.size("batch")
+    return own // min(recipe.micro_batch_size or own, own)
 
 
 # --- making things small ----------------------------------------------------------------------------------------------
@@ -280,8 +285,7 @@ def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     length = 16 * reduced.cp * reduced.tp
     shape = getattr(recipe.model, "shape", recipe.model)
     model = shrink(shape, reduced, length=length, sequence=recipe.data.sequence_length)
-    own = recipe.batch_size // layout.size("batch")
-    micro_batches = own // min(recipe.micro_batch_size or own, own)
+    micro_batches = micro_batches_of(recipe, layout)
     kept = max(micro_batches if micro_batches <= MOST_MICRO_BATCHES else reduced.stages * 2, 1)
     if kept != micro_batches:
         said.append(f"micro-batches: {micro_batches} -> {kept}")
