@@ -79,6 +79,16 @@ def test_a_run_on_ranks_is_the_run_of_one(name: str, text: Path, cache: Path, on
     assert load(tmp_path / "run").config == load(one).config
 
 
+@pytest.mark.parametrize("name", ["fsdp-2", "sp-2", "hsdp-4"])
+def test_bf16_on_ranks_learns_about_what_one_rank_learns(name: str, text: Path, cache: Path, tmp_path: Path) -> None:
+    """Rounding differs: FSDP gathers all weights in bf16, norms too, which one rank keeps in float32."""
+    found = {}
+    for label, (ranks, over) in {"one": (1, {}), name: LAYOUTS[name]}.items():
+        gang.run(ranked.train, ranks, ranked.table(text, cache, **over, precision="bf16"), str(tmp_path / label))
+        found[label] = ranked.losses(tmp_path / label)
+    assert found[name] == pytest.approx(found["one"], rel=1e-2)
+
+
 PAIRS = [("pp-2-tp-2", "fsdp-2"), ("fsdp-2", "pp-2-tp-2"), ("sp-2", "pp-2"), ("hsdp-4", "cp-2"), ("pp-2-v", "tp-2")]
 
 

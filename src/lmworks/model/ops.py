@@ -146,11 +146,12 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad = grad.contiguous()
         x = x.contiguous()
+        wide = weight.to(scale.dtype)  # FSDP gathers weights in bf16; the kernel takes them as wide as the scale
         dx, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, (x.shape[-1],), torch.zeros_like(scale), scale, weight, weight, [True, True, False]
+            grad, x, (x.shape[-1],), torch.zeros_like(scale), scale, wide, wide, [True, True, False]
         )
         mean = torch.mv(grad.view(-1, x.shape[-1]), weight.to(grad.dtype)).view(scale.shape)
-        return dx.add_(mean.mul(scale).div_(x.shape[-1])), d_weight, None
+        return dx.add_(mean.mul(scale).div_(x.shape[-1])), d_weight.to(weight.dtype), None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
