@@ -67,6 +67,10 @@ class TorchUpdate(Update):
         for group in self._groups:
             group["base_lr"] = group["lr"]
 
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """All of them."""
+        return self._optimizers
+
     def set_lr(self, factor: float) -> float:
         """Set every group's rate to `factor` times its own; returns the first group's rate."""
         for group in self._groups:

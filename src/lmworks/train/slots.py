@@ -183,6 +183,11 @@ class Update(ABC):
     def step(self, probe: Probe) -> None:
         """Change the weights from their gradients. May ask the probe for further passes."""
 
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The torch optimizers that hold its state: those of the updates it wraps, where it has none of its own."""
+        inner = (value for value in vars(self).values() if isinstance(value, Update))
+        return [optimizer for update in inner for optimizer in update.optimizers()]
+
     @abstractmethod
     def zero_grad(self) -> None:
         """Drop all gradients."""

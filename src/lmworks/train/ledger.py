@@ -1,0 +1,174 @@
+"""Bytes that wait for the backward pass, by block: each storage is counted once, however many operations saved it.
+
+Autograd hands every tensor that it saves to a pair of hooks. What they return is a handle; autograd drops it when the
+node's backward pass is over, and with the last handle of a storage its bytes leave the books.
+
+A storage is known by a weak reference to it: while that is held, its address cannot be given to another one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+REST = "rest"
+"""The scope of what is saved outside of blocks: embedding, final norm, head and loss."""
+
+
+def is_parameter(x: Tensor) -> bool:
+    """Whether x is a weight, or a view of one: it is there anyway. FSDP's gathered weights are leaves as well."""
+    base = x._base if x._is_view() else x
+    return base is not None and base.is_leaf and base.requires_grad
+
+
+@dataclass(kw_only=True)
+class Storage:
+    """One storage that handles point to."""
+
+    weak: Any
+    nbytes: int
+    scope: str
+    handles: int = 0
+    counted: bool = False
+
+
+class Ledger:
+    """The books of one rank. Safe to call from the threads of a backward pass."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._storages: dict[int, Storage] = {}
+        self.live: Counter[str] = Counter()
+        """Bytes now, by scope."""
+        self.total = 0
+        """Bytes now."""
+        self.peak = 0
+        """The most bytes at one moment since `begin`."""
+        self.at_peak: dict[str, int] = {}
+        """Bytes by scope at that moment."""
+
+    def begin(self) -> None:
+        """A new step: the peak starts at what is live."""
+        with self._lock:
+            self.peak, self.at_peak = self.total, dict(self.live)
+
+    def find(self, x: Tensor, scope: str) -> Storage:
+        """The record of x's storage, with one more handle on it."""
+        untyped = x.untyped_storage()
+        with self._lock:
+            found = self._storages.get(untyped._cdata)
+            if found is None:
+                found = Storage(weak=StorageWeakRef(untyped), nbytes=untyped.nbytes(), scope=scope)
+                self._storages[found.weak.cdata] = found
+            found.handles += 1
+            return found
+
+    def drop(self, storage: Storage) -> bool:
+        """One handle less; whether it was the last."""
+        with self._lock:
+            storage.handles -= 1
+            if storage.handles:
+                return False
+            self._storages.pop(storage.weak.cdata, None)
+            self.uncount(storage)
+            return True
+
+    def count(self, storage: Storage) -> None:
+        """Its bytes are held for the backward pass from now on."""
+        with self._lock:
+            if not storage.counted:
+                storage.counted = True
+                self.live[storage.scope] += storage.nbytes
+                self.total += storage.nbytes
+                if self.total > self.peak:
+                    self.peak, self.at_peak = self.total, {name: size for name, size in self.live.items() if size}
+
+    def uncount(self, storage: Storage) -> None:
+        """Its bytes are not held any more."""
+        with self._lock:
+            if storage.counted:
+                storage.counted = False
+                self.live[storage.scope] -= storage.nbytes
+                self.total -= storage.nbytes
+
+    @contextmanager
+    def counting(self, scope: str = REST) -> Iterator[None]:
+        """What autograd saves in here is kept as it is, and counted."""
+        with saved_tensors_hooks(lambda x: self.kept(x, scope), _tensor_of):
+            yield
+
+    def kept(self, x: Tensor, scope: str) -> Any:
+        """A counted handle on x; x itself where it is a weight."""
+        return x.detach() if is_parameter(x) else Kept(self, x, scope)
+
+
+class Kept:
+    """A handle on a tensor that stays where it is."""
+
+    __slots__ = ("_ledger", "_storage", "tensor")
+
+    def __init__(self, ledger: Ledger, x: Tensor, scope: str) -> None:
+        self._ledger, self.tensor = ledger, x.detach()
+        self._storage = ledger.find(x, scope)
+        ledger.count(self._storage)
+
+    def __del__(self) -> None:
+        self._ledger.drop(self._storage)
+
+
+def _tensor_of(handle: Any) -> Tensor:
+    result: Tensor = handle.tensor if isinstance(handle, Kept) else handle
+    return result
+
+
+@contextmanager
+def counted_beside(ledger: Ledger, scope: str) -> Iterator[None]:
+    """Inside of other hooks: they get what is saved in here as before, and it is counted while it lives.
+
+    `torch.utils.checkpoint` holds what it recomputes itself; this is how its bytes come into the books.
+    """
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if outer is None:
+        with ledger.counting(scope):
+            yield
+        return
+    pack, unpack = outer
+
+    def both(x: Tensor) -> Any:
+        return pack(x) if is_parameter(x) else _Beside(pack(x), Lease(ledger, x, scope))
+
+    def through(handle: Any) -> Tensor:
+        result: Tensor = unpack(handle.inner if isinstance(handle, _Beside) else handle)
+        return result
+
+    with saved_tensors_hooks(both, through):
+        yield
+
+
+class Lease:
+    """A counted claim on a storage by somebody else's handle."""
+
+    __slots__ = ("_ledger", "_storage")
+
+    def __init__(self, ledger: Ledger, x: Tensor, scope: str) -> None:
+        self._ledger, self._storage = ledger, ledger.find(x, scope)
+        ledger.count(self._storage)
+
+    def __del__(self) -> None:
+        self._ledger.drop(self._storage)
+
+
+class _Beside:
+    __slots__ = ("inner", "lease")
+
+    def __init__(self, inner: Any, lease: Lease) -> None:
+        self.inner, self.lease = inner, lease
