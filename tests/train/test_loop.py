@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -213,10 +214,33 @@ def test_compiled_blocks_give_the_same_losses(text: Path, cache: Path, tmp_path:
     assert b == pytest.approx(a, abs=1e-4)
 
 
-def test_recompute_gives_the_same_losses(text: Path, cache: Path, tmp_path: Path) -> None:
-    keep, _ = toy.train(toy.recipe(text, cache), tmp_path / "a")
-    again, _ = toy.train(toy.recipe(text, cache, saved="recompute"), tmp_path / "b")
-    assert toy.learned(keep) == toy.learned(again)
+OFFLOAD = {"use": "offload", "least_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"use": "recompute"},
+        {**OFFLOAD, "to": "disk"},
+        {**OFFLOAD, "to": "host", "last": 0, "ahead": False},
+        {**OFFLOAD, "to": "disk", "last": 0, "recompute": True},
+    ],
+    ids=["recompute", "disk", "host", "recompute-disk"],
+)
+@pytest.mark.parametrize("micro", [4, 1])
+def test_what_is_saved_where_does_not_change_what_is_learned(
+    saved: dict[str, Any], micro: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMWORKS_HOME", str(tmp_path / "home"))
+    keep, _ = toy.train(toy.recipe(text, cache, micro_batch_size=micro), tmp_path / "a")
+    other, _ = toy.train(toy.recipe(text, cache, micro_batch_size=micro, saved=saved), tmp_path / "b")
+    assert toy.learned(keep) == toy.learned(other)
+    assert not list((tmp_path / "home").rglob("saved-*"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("offload")]
+    peaks = [[row["saved_bytes"] for row in rows(folder.metrics) if "saved_bytes" in row] for folder in (keep, other)]
+    assert max(peaks[1]) < max(peaks[0])
+    if saved["use"] == "offload":
+        assert all(row["offload/stored"] > 0 for row in rows(other.metrics) if "offload/stored" in row)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(

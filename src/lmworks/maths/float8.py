@@ -60,7 +60,7 @@ class Scaled:
         wide = self.codes.float()
         if self.scale.ndim == 0:
             return (wide * self.scale).to(dtype)
-        grouped = wide.unflatten(-1, (self.scale.shape[-1], -1)) * self.scale.float()[..., None]
+        grouped = _grouped(wide, wide.shape[-1] // self.scale.shape[-1]) * self.scale.float()[..., None]
         return grouped.flatten(-2).to(dtype)
 
 
@@ -75,7 +75,7 @@ def by_group(x: Tensor, form: Format, group: int = 16) -> Scaled:
     """One bf16 scale for each run of `group` values along the last dim. Raises ValueError when they do not fit."""
     if x.shape[-1] % group:
         raise ValueError(f"{x.shape[-1]} values in a row are no whole groups of {group}")
-    grouped = x.float().unflatten(-1, (-1, group))
+    grouped = _grouped(x.float(), group)
     scale = ((grouped.abs().amax(-1) + TINY) / form.largest).bfloat16()
     codes = cast(grouped / scale.float()[..., None], form)
     return Scaled(codes=codes.flatten(-2), scale=scale)
@@ -86,4 +86,9 @@ def group_maxima(x: Tensor, group: int = 16) -> Tensor:
 
     The maximum over these is exactly the maximum over x, and reads `group` times less (COAT's group scaling).
     """
-    return x.unflatten(-1, (-1, group)).abs().amax(-1).float()
+    return _grouped(x, group).abs().amax(-1).float()
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """(..., width) -> (..., width / group, group)."""
+    return x.reshape(*x.shape[:-1], -1, group)

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +82,7 @@ class Disk:
             self._ends[which] = max(self._ends[which], start + room)
         slot = which, start, values.nbytes
         try:
-            view = memoryview(_array(values))
+            view = _view(values)
             while view:
                 done = os.pwrite(self._files[which], view, start)
                 view, start = view[done:], start + done
@@ -96,7 +95,7 @@ class Disk:
         """Read a slot into `out`. Raises OSError when the file is shorter than what was written."""
         which, start, nbytes = slot
         here = out if out.device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        view = memoryview(_array(here))
+        view = _view(here)
         while view:
             done = os.preadv(self._files[which], [view], start)
             if done == 0:
@@ -119,7 +118,6 @@ class Disk:
             self._files = []
 
 
-def _array(values: Tensor) -> np.ndarray:
+def _view(values: Tensor) -> memoryview:
     """Flat bytes of a CPU tensor, without a copy."""
-    result: np.ndarray = values.numpy()
-    return result
+    return memoryview(values.numpy())  # type: ignore[arg-type]  # arrays are buffers; numpy's types do not say so

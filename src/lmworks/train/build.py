@@ -23,7 +23,9 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
+from lmworks.train.ledger import Ledger
 from lmworks.train.memory import keep_freed_memory
+from lmworks.train.offload import TensorCache
 from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast
 from lmworks.train.recipe import Train
@@ -97,9 +99,18 @@ def build(
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
     prepared = _prepare(recipe, wire, resume, progress)
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
-    placement = place(
-        config, wire, device, dtype=dtype, sequence=recipe.data.sequence_length, arrange=lambda m: _arrange(recipe, m)
-    )
+    books = Ledger()
+    caches: list[TensorCache] = []
+
+    def arrange(chunk: Backbone) -> None:
+        """What blocks keep for the backward pass, and their compiled form."""
+        cache = recipe.saved.apply(chunk, None if recipe.compile else books)
+        if cache is not None:
+            caches.append(cache)
+        if recipe.compile:
+            chunk.compile_blocks()
+
+    placement = place(config, wire, device, dtype=dtype, sequence=recipe.data.sequence_length, arrange=arrange)
     placement.fill(_first_values(recipe, config))
     model = placement.model
     micro_rows = recipe.micro_batch_size or recipe.batch_size // placement.share[1]
@@ -114,6 +125,8 @@ def build(
         probe=probe,
         rows=recipe.batch_size,
         micro_rows=micro_rows,
+        books=books,
+        caches=caches,
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
     return Built(recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype)
@@ -129,13 +142,6 @@ def _prepare(
     if wire.first_here:
         wire.wait()
     return prepared
-
-
-def _arrange(recipe: Train, model: Backbone) -> None:
-    """What blocks keep for the backward pass, and their compiled form."""
-    recipe.saved.apply(model)
-    if recipe.compile:
-        model.compile_blocks()
 
 
 def _first_values(recipe: Train, config: Any) -> Callable[[str, Box], Tensor]:

@@ -44,11 +44,13 @@ class Storage:
 class Ledger:
     """The books of one rank. Safe to call from the threads of a backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on: bool = True) -> None:
         self._lock = threading.RLock()
         self._storages: dict[int, Storage] = {}
         self.live: Counter[str] = Counter()
         """Bytes now, by scope."""
+        self.on = on
+        """Whether `counting` counts."""
         self.total = 0
         """Bytes now."""
         self.peak = 0
@@ -67,7 +69,8 @@ class Ledger:
         with self._lock:
             found = self._storages.get(untyped._cdata)
             if found is None:
-                found = Storage(weak=StorageWeakRef(untyped), nbytes=untyped.nbytes(), scope=scope)
+                weak = StorageWeakRef(untyped)  # type: ignore[no-untyped-call]
+                found = Storage(weak=weak, nbytes=untyped.nbytes(), scope=scope)
                 self._storages[found.weak.cdata] = found
             found.handles += 1
             return found
@@ -103,6 +106,9 @@ class Ledger:
     @contextmanager
     def counting(self, scope: str = REST) -> Iterator[None]:
         """What autograd saves in here is kept as it is, and counted."""
+        if not self.on:
+            yield
+            return
         with saved_tensors_hooks(lambda x: self.kept(x, scope), _tensor_of):
             yield
 
@@ -136,7 +142,10 @@ def counted_beside(ledger: Ledger, scope: str) -> Iterator[None]:
 
     `torch.utils.checkpoint` holds what it recomputes itself; this is how its bytes come into the books.
     """
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not ledger.on:
+        yield
+        return
+    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if outer is None:
         with ledger.counting(scope):
             yield

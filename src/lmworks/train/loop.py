@@ -65,10 +65,15 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
                 write_shape(folder.path, built.placement.chunks[0].config)
             wire.wait()
             records = Records(built, folder, report, began=began)
-            Loop(built, records, folder, parent=checkpoint).run(stored, stop)
+            try:
+                Loop(built, records, folder, parent=checkpoint).run(stored, stop)
+            finally:
+                built.step.close()
     return folder
 
 
+MEASURE_EVERY = 100
+"""Steps between two counts of the bytes that wait for the backward pass; the second step is counted as well."""
 DONE = Path("done")
 """Stands for a run that has reached its end."""
 
@@ -197,6 +202,8 @@ class Loop:
         progress, recipe = self.progress, self.recipe
         self.events.step = progress.step + 1
         lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
+        books = self.built.step.books
+        books.on = progress.step == 1 or progress.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), time.time()
         result = self.built.step()
         seconds = time.perf_counter() - start
@@ -217,6 +224,7 @@ class Loop:
             "tokens_per_second": rate,
             "mfu": rate * self.built.cost.train_flops_per_token / self.peak[0],
             "memory_bytes": memory_bytes(self.built.device),
+            **({"saved_bytes": books.peak} if books.on else {}),
             **({"joules": joules} if (joules := self.meter.joules()) is not None else {}),
             **result.extra,
         }

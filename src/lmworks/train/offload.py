@@ -81,7 +81,7 @@ class Parcel:
     dead: bool = False
 
 
-class Offload:
+class TensorCache:
     """The tensor cache of one model on one rank."""
 
     def __init__(self, backend: Backend, ledger: Ledger, *, least: int, threads: int, ahead: bool) -> None:
@@ -107,6 +107,12 @@ class Offload:
     def begin(self) -> None:
         """A new forward pass: its blocks have none before them."""
         self._order = []
+
+    def told(self) -> Facts:
+        """What was moved since this was last asked."""
+        with self._lock:
+            found, self.facts = self.facts, Facts()
+        return found
 
     def _pack(self, x: Tensor, scope: Scope) -> Any:
         if is_parameter(x):
@@ -151,7 +157,7 @@ class Offload:
             if alias._version != parcel.version:
                 parcel.failure = _edited(parcel)
             if parcel.dead:
-                self.backend.free(slot)
+                self.backend.free(slot)  # type: ignore[unreachable]  # another thread says so
                 return
             parcel.slot = slot
             if parcel.coming is None:  # nobody has asked for it meanwhile
@@ -166,8 +172,8 @@ class Offload:
             self.facts.kept += parcel.storage.nbytes
             if not self._warned:
                 self._warned = True
-                text = f"{parcel.storage.nbytes} bytes that block {parcel.scope} saved cannot be written and stay in memory"
-                warnings.warn(f"{text}: {error}", stacklevel=2)
+                text = f"{parcel.storage.nbytes} bytes of block {parcel.scope} cannot be written: they stay in memory"
+                warnings.warn(f"{text} ({error})", stacklevel=2)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -182,7 +188,7 @@ class Offload:
                 return parcel.here
             if parcel.coming is None:
                 self.facts.misses += 1
-                parcel.coming = self._pool(1).submit(self._load, parcel, device)
+                parcel.coming = self._pool(1).submit(self._load, parcel, _room(parcel, device))
             coming = parcel.coming
         coming.result()
         return parcel.here
@@ -203,20 +209,19 @@ class Offload:
         for parcel in reversed(scope.parcels):
             with parcel.lock:
                 if parcel.here is None and parcel.coming is None and not parcel.dead:
-                    parcel.coming = self._pool(1).submit(self._load, parcel, device)
+                    parcel.coming = self._pool(1).submit(self._load, parcel, _room(parcel, device))
 
-    def _load(self, parcel: Parcel, device: torch.device) -> None:
+    def _load(self, parcel: Parcel, values: Tensor) -> None:
         """On a thread of the load's pool."""
         began = time.perf_counter()
         with parcel.lock:
             if parcel.dead:
                 return
             slot = parcel.slot
-        values = torch.empty(parcel.storage.nbytes, dtype=torch.uint8, device=device)
         self.backend.load(slot, values)
         with parcel.lock:
             if parcel.dead:
-                return
+                return  # type: ignore[unreachable]  # another thread says so
             parcel.here = values.untyped_storage()
             self.ledger.count(parcel.storage)
         with self._lock:
@@ -263,26 +268,26 @@ class Scope:
 class Handle:
     """What autograd holds in the place of a tensor."""
 
-    __slots__ = ("_counter", "_device", "_dtype", "_offload", "_parcel", "_scope", "_shape", "_version")
+    __slots__ = ("_cache", "_counter", "_device", "_dtype", "_parcel", "_scope", "_shape", "_version")
 
-    def __init__(self, offload: Offload, x: Tensor, scope: Scope) -> None:
-        self._offload, self._scope = offload, scope
+    def __init__(self, cache: TensorCache, x: Tensor, scope: Scope) -> None:
+        self._cache, self._scope = cache, scope
         self._shape = x.shape, x.stride(), x.storage_offset()
         self._dtype, self._device, self._version = x.dtype, x.device, x._version
         self._counter = x.detach()
         self._counter.data = torch.empty(0, dtype=x.dtype, device=x.device)  # keeps the count of edits, not the values
-        self._parcel = offload.parcel(x, scope)
+        self._parcel = cache.parcel(x, scope)
 
     def tensor(self) -> Tensor:
         """The tensor again, as it was."""
         if self._counter._version != self._version:
             raise _edited(self._parcel)
-        storage = self._offload.take(self._parcel, self._scope, self._device)
+        storage = self._cache.take(self._parcel, self._scope, self._device)
         return torch.empty(0, dtype=self._dtype, device=self._device).set_(storage, self._shape[2], *self._shape[:2])
 
     def __del__(self) -> None:
         if hasattr(self, "_parcel"):
-            self._offload.release(self._parcel)
+            self._cache.release(self._parcel)
 
 
 def _unpack(handle: Any) -> Tensor:
@@ -301,6 +306,11 @@ def _edited(parcel: Parcel) -> RuntimeError:
 def _bytes(storage: Any, device: torch.device) -> Tensor:
     """A storage as a flat uint8 tensor, without a copy."""
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _room(parcel: Parcel, device: torch.device) -> Tensor:
+    """Memory for a storage that comes back, made by the thread that computes: C libraries give each thread its own."""
+    return torch.empty(parcel.storage.nbytes, dtype=torch.uint8, device=device)
 
 
 def _marked(device: torch.device) -> Any:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmworks.data.load import Batch
+from lmworks.model.backbone import Backbone
 from lmworks.model.init import first_value
 from lmworks.model.pieces import Box
 from lmworks.model.sizes import Shape
@@ -33,7 +34,7 @@ from lmworks.parallel.traffic import Work, traffic
 from lmworks.parallel.wire import alone
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.probe import Probe
-from lmworks.train.saved import Keep, Recompute
+from lmworks.train.saved import Keep, Offload, Recompute
 from lmworks.train.slots import Gradient, Objective, Optimizer, Saved, SelectAll, State
 from lmworks.train.step import Step
 
@@ -121,7 +122,11 @@ def placed(rank: int, scene: Scene, dtype: torch.dtype) -> Placement:
     layout, config = scene.layout, scene.model
     wire = alone() if layout.ranks == 1 else world.wire(layout, world.Seat(rank=rank, world=layout.ranks))
     device = torch.device("cpu")
-    made = place(config, wire, device, dtype=dtype, sequence=scene.length, param_dtype=dtype, arrange=scene.saved.apply)
+
+    def arrange(chunk: Backbone) -> None:
+        scene.saved.apply(chunk)
+
+    made = place(config, wire, device, dtype=dtype, sequence=scene.length, param_dtype=dtype, arrange=arrange)
     made.fill(lambda name, box: first_value(name, box.whole, config.n_layers, SEED)[box.index])
     return made
 
@@ -139,6 +144,13 @@ def stepping(made: Placement, scene: Scene) -> Step:
         rows=scene.rows,
         micro_rows=min(scene.micro_rows, scene.rows // made.share[1]),
     )
+
+
+def _in_memory(saved: Saved) -> Saved:
+    """The policy that makes the same passes; where saved tensors wait does not change what ranks exchange."""
+    if isinstance(saved, Offload):
+        return Recompute() if saved.recompute else Keep()
+    return saved
 
 
 class MadeUp:
@@ -299,7 +311,7 @@ def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
         optimizer=recipe.optimizer,
         objective=recipe.objective,
         gradient=recipe.gradient,
-        saved=recipe.saved,
+        saved=_in_memory(recipe.saved),
     )
     return scene, said
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import functools
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import final
+from pathlib import Path
+from typing import Any, Literal, final
 
+import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lmworks.core.recipe import PositiveInt
+from lmworks.core.errors import Problem
+from lmworks.core.home import home
+from lmworks.core.recipe import NonNegativeInt, PositiveInt
 from lmworks.model.backbone import Backbone
+from lmworks.train.backends import Disk, Host
+from lmworks.train.ledger import Ledger, counted_beside
+from lmworks.train.offload import TensorCache
 from lmworks.train.slots import Saved
+
+Forward = Callable[..., Any]
 
 
 @final
@@ -18,8 +31,11 @@ from lmworks.train.slots import Saved
 class Keep(Saved):
     """Keep every tensor that autograd saves: fastest, most memory."""
 
-    def apply(self, model: Backbone) -> None:
-        """Nothing to arrange."""
+    def apply(self, model: Backbone, books: Ledger | None = None) -> None:
+        """Only count them."""
+        if books is not None:
+            for name, block in blocks_of(model):
+                block.forward = counted(block.forward, name, books)
 
 
 @final
@@ -30,8 +46,113 @@ class Recompute(Saved):
     every: PositiveInt = 1
     """Recompute blocks 0, every, 2 * every, ...; the others keep their tensors."""
 
-    def apply(self, model: Backbone) -> None:
+    def apply(self, model: Backbone, books: Ledger | None = None) -> None:
         """Wrap the chosen blocks' forward. Names of parameters stay as they are."""
-        for name, block in model.get_submodule("blocks").named_children():
+        for name, block in blocks_of(model):
             if int(name) % self.every == 0:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = counted(recomputed(block.forward, name, books), name, books)
+            elif books is not None:
+                block.forward = counted(block.forward, name, books)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Offload(Saved):
+    """Send saved tensors to files or host memory after a block's forward pass, and back just before its backward pass.
+
+    On a CPU, host memory is the memory that the run computes in: `to = "host"` only shows there that nothing changes.
+    """
+
+    to: Literal["disk", "host"] = "disk"
+    """Files, or pinned host memory."""
+    folders: tuple[str, ...] = ()
+    """Where the files are, one in each folder, written in turns; none: offload/ where lmworks keeps its caches."""
+    last: NonNegativeInt = 1
+    """Blocks at the end that keep their tensors: they are needed again at once."""
+    least_bytes: NonNegativeInt = 1 << 20
+    """Smaller tensors stay."""
+    recompute: bool = False
+    """Send only a block's input out, and run the block again in the backward pass."""
+    threads: PositiveInt = 2
+    """Threads that write, and as many that read."""
+    ahead: bool = True
+    """Read a block's tensors back while the block behind it is at work."""
+
+    def check(self, recipe: Any) -> Iterator[Problem]:
+        """Compiled blocks save other tensors; settings without effect."""
+        if recipe.compile:
+            text = (
+                "offload works on blocks that are not compiled. Legal: compile = false, or saved.use = keep, recompute"
+            )
+            yield Problem(path="compile", text=text)
+        if self.folders and self.to == "host":
+            yield Problem(path="folders", text="has no effect with to = 'host'")
+        if self.last >= recipe.model.n_layers:
+            most = recipe.model.n_layers - 1
+            yield Problem(path="last", text=f"is {self.last}: nothing would go out. Legal: 0 to {most}")
+
+    def apply(self, model: Backbone, books: Ledger | None = None) -> TensorCache:
+        """Wrap the blocks' forward; the cache that holds what went out."""
+        cache = TensorCache(
+            self._backend(), books or Ledger(), least=self.least_bytes, threads=self.threads, ahead=self.ahead
+        )
+        blocks = list(blocks_of(model))
+        for index, (name, block) in enumerate(blocks):
+            forward = recomputed(block.forward, name, books) if self.recompute else block.forward
+            if index < len(blocks) - self.last:
+                block.forward = _sent(forward, name, cache, first=index == 0)
+            else:
+                block.forward = counted(forward, name, books)
+        return cache
+
+    def _backend(self) -> Disk | Host:
+        if self.to == "host":
+            return Host()
+        folders = [Path(folder).expanduser() for folder in self.folders] or [home() / "offload"]
+        return Disk(folders, f"saved-{uuid.uuid4().hex}")
+
+
+def blocks_of(model: Backbone) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every block, in the order of the forward pass."""
+    yield from model.get_submodule("blocks").named_children()
+
+
+def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
+    """The same, with what it saves in the books."""
+    if books is None:
+        return forward
+
+    @functools.wraps(forward)
+    def with_books(*words: Any, **named: Any) -> Any:
+        with books.counting(name):
+            return forward(*words, **named)
+
+    return with_books
+
+
+def recomputed(forward: Forward, name: str, books: Ledger | None) -> Forward:
+    """The same, run again in the backward pass."""
+    if books is None:
+        return functools.partial(checkpoint, forward, use_reentrant=False)
+    contexts = functools.partial(_contexts, name, books)
+    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(name: str, books: Ledger) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What is entered around a block's first pass and around its second."""
+    return nullcontext(), counted_beside(books, name)
+
+
+def _sent(forward: Forward, name: str, cache: TensorCache, *, first: bool) -> Forward:
+    """The same, with what it saves in the cache."""
+
+    @functools.wraps(forward)
+    def with_cache(*words: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*words, **named)
+        if first:
+            cache.begin()
+        with cache.block(name):
+            return forward(*words, **named)
+
+    return with_cache

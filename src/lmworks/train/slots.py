@@ -27,6 +27,8 @@ from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 
 if TYPE_CHECKING:
+    from lmworks.train.ledger import Ledger
+    from lmworks.train.offload import TensorCache
     from lmworks.train.probe import Probe
 
 State = dict[str, Any]
@@ -168,8 +170,11 @@ class Saved(ABC):
     """What each block keeps for its backward pass. Set on the model once, before anything is compiled or sharded."""
 
     @abstractmethod
-    def apply(self, model: Backbone) -> None:
-        """Arrange the blocks of the model."""
+    def apply(self, model: Backbone, books: Ledger | None = None) -> TensorCache | None:
+        """Arrange the blocks of the model. `books`: where saved bytes are counted, by block; None for compiled blocks.
+
+        Returns the cache in which saved tensors wait, where there is one: the step closes it.
+        """
 
 
 class Update(ABC):

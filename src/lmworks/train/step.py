@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.head import IGNORE
 from lmworks.parallel.apply import Placement
+from lmworks.train.ledger import Ledger
+from lmworks.train.offload import TensorCache
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Gradient, Objective, Selector, Source, Update, combined
 
@@ -54,6 +56,10 @@ class Step:
     """Rows of one optimizer step, over all ranks."""
     micro_rows: int
     """Rows of one forward pass on one rank; the last one may be smaller."""
+    books: Ledger = field(default_factory=lambda: Ledger(on=False))
+    """Bytes that wait for the backward pass, by block."""
+    caches: Sequence[TensorCache] = ()
+    """Where saved tensors wait that are not in memory, one for each chunk of the model."""
 
     @property
     def micro_batches(self) -> int:
@@ -69,7 +75,9 @@ class Step:
         self.probe.batch = batch
         counts, facts = self._count(batch)
         self.update.zero_grad()
+        self.books.begin()
         with ExitStack() as stack:
+            stack.enter_context(self.books.counting())
             stack.enter_context(placement.balanced(self.rows))
             for stage in self.gradient:
                 stack.enter_context(stage.around(placement.model))
@@ -82,6 +90,7 @@ class Step:
             extra |= stage.finish(parameters, norm)
         self.update.step(self.probe)
         extra |= placement.after_update()
+        extra |= self._moved()
         return StepResult(
             loss=float(loss),
             grad_norm=float(norm),
@@ -90,6 +99,18 @@ class Step:
             passes=3.0 * facts["tokens"] + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
         )
+
+    def _moved(self) -> dict[str, Tensor]:
+        """What saved tensors' caches moved in this step, on this rank."""
+        facts = [cache.told() for cache in self.caches]
+        names = ("stored", "loaded", "forwarded", "kept", "misses")
+        found = {name: float(sum(getattr(fact, name) for fact in facts)) for name in names if facts}
+        return {f"offload/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+    def close(self) -> None:
+        """End the threads of the caches, and give their files back."""
+        for cache in self.caches:
+            cache.close()
 
     def _count(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What each component is divided by over the whole step; for the record, tokens, targets and whole units."""
