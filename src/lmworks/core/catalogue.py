@@ -109,7 +109,6 @@ SLOTS: dict[str, Shelf] = {
             "muon": Part("train.optim:Muon", "orthogonalised momentum for matrices, AdamW for the rest"),
             "sophia": Part("methods.sophia:Sophia", "momentum over cheap curvature, clipped in every coordinate"),
             "lamb": Part("methods.megascale:Lamb", "Adam with a step per matrix as long as the matrix times the rate"),
-            "coat": Part("methods.coat.states:Coat", "another optimizer with its moments in eight-bit floats"),
         },
     ),
     "schedule": Shelf(

@@ -36,7 +36,7 @@ FORMATS = {form.name: form for form in (E4M3, E5M2)}
 def cast(x: Tensor, form: Format) -> Tensor:
     """x rounded to the nearest number of the format; what is too large becomes its largest number.
 
-    torch's own cast gives NaN above 448 (E4M3) and infinity above 57344 (E5M2).
+    torch's own cast may give NaN above 448 (E4M3) and infinity above 57344 (E5M2), by version and device.
     """
     return x.clamp(-form.largest, form.largest).to(form.dtype)
 
