@@ -104,9 +104,7 @@ def build(
 
     def arrange(chunk: Backbone) -> None:
         """What blocks keep for the backward pass, and their compiled form."""
-        cache = recipe.saved.apply(chunk, None if recipe.compile else books)
-        if cache is not None:
-            caches.append(cache)
+        caches.extend(recipe.saved.apply(chunk, None if recipe.compile else books))
         if recipe.compile:
             chunk.compile_blocks()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from lmworks.core.errors import Problem
 from lmworks.core.home import home
 from lmworks.core.recipe import NonNegativeInt, PositiveInt
-from lmworks.model.backbone import Backbone
 from lmworks.train.backends import Disk, Host
 from lmworks.train.ledger import Ledger, counted_beside
 from lmworks.train.offload import TensorCache
@@ -31,11 +30,11 @@ Forward = Callable[..., Any]
 class Keep(Saved):
     """Keep every tensor that autograd saves: fastest, most memory."""
 
-    def apply(self, model: Backbone, books: Ledger | None = None) -> None:
+    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Only count them."""
-        if books is not None:
-            for name, block in blocks_of(model):
-                block.forward = counted(block.forward, name, books)
+        for name, block in blocks.items() if books is not None else ():
+            block.forward = counted(block.forward, name, books)
+        return ()
 
 
 @final
@@ -46,13 +45,13 @@ class Recompute(Saved):
     every: PositiveInt = 1
     """Recompute blocks 0, every, 2 * every, ...; the others keep their tensors."""
 
-    def apply(self, model: Backbone, books: Ledger | None = None) -> None:
+    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the chosen blocks' forward. Names of parameters stay as they are."""
-        for name, block in blocks_of(model):
-            if int(name) % self.every == 0:
-                block.forward = counted(recomputed(block.forward, name, books), name, books)
-            elif books is not None:
-                block.forward = counted(block.forward, name, books)
+        for name, block in blocks.items():
+            chosen = int(name) % self.every == 0
+            forward = recomputed(block.forward, name, books) if chosen else block.forward
+            block.forward = counted(forward, name, books)
+        return ()
 
 
 @final
@@ -91,30 +90,24 @@ class Offload(Saved):
             most = recipe.model.n_layers - 1
             yield Problem(path="last", text=f"is {self.last}: nothing would go out. Legal: 0 to {most}")
 
-    def apply(self, model: Backbone, books: Ledger | None = None) -> TensorCache:
+    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the blocks' forward; the cache that holds what went out."""
         cache = TensorCache(
             self._backend(), books or Ledger(), least=self.least_bytes, threads=self.threads, ahead=self.ahead
         )
-        blocks = list(blocks_of(model))
-        for index, (name, block) in enumerate(blocks):
+        for index, (name, block) in enumerate(blocks.items()):
             forward = recomputed(block.forward, name, books) if self.recompute else block.forward
             if index < len(blocks) - self.last:
                 block.forward = _sent(forward, name, cache, first=index == 0)
             else:
                 block.forward = counted(forward, name, books)
-        return cache
+        return [cache]
 
     def _backend(self) -> Disk | Host:
         if self.to == "host":
             return Host()
         folders = [Path(folder).expanduser() for folder in self.folders] or [home() / "offload"]
         return Disk(folders, f"saved-{uuid.uuid4().hex}")
-
-
-def blocks_of(model: Backbone) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every block, in the order of the forward pass."""
-    yield from model.get_submodule("blocks").named_children()
 
 
 def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:

@@ -167,14 +167,19 @@ class Gradient(ABC):
 
 
 class Saved(ABC):
-    """What each block keeps for its backward pass. Set on the model once, before anything is compiled or sharded."""
+    """What blocks keep for their backward pass. Set on the model once, before anything is compiled or sharded."""
 
     @abstractmethod
-    def apply(self, model: Backbone, books: Ledger | None = None) -> TensorCache | None:
-        """Arrange the blocks of the model. `books`: where saved bytes are counted, by block; None for compiled blocks.
+    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
+        """Arrange some blocks, by their number in the whole model and in the order of the forward pass.
 
-        Returns the cache in which saved tensors wait, where there is one: the step closes it.
+        `books`: where saved bytes are counted, by block; None where nobody counts. Returns the caches in which saved
+        tensors wait, where there are any: the step closes them.
         """
+
+    def apply(self, model: Backbone, books: Ledger | None = None) -> Sequence[TensorCache]:
+        """Arrange all blocks of the model."""
+        return self.arrange(dict(model.get_submodule("blocks").named_children()), books)
 
 
 class Update(ABC):
