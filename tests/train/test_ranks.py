@@ -227,3 +227,44 @@ def test_what_cannot_be_laid_out_is_refused_by_every_rank_before_anything_is_bui
     found = gang.run(ranked.refused, ranks, ranked.table(text, cache, **over), str(tmp_path / "run"))
     assert all(said in error for error in found), found
     assert not (tmp_path / "run").exists()
+
+
+CODED = {"saved": "coat", "optimizer": {"use": "coat", "around": {"use": "adamw", "lr": 1e-2}}}
+WIDER = {**ranked.MODEL, "hidden_size": 64, "ffn_size": 96}
+
+
+@pytest.mark.parametrize("name", ["fsdp-2", "pp-2"])
+def test_a_run_in_codes_goes_on_to_the_bit_and_under_another_layout(
+    name: str, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Scales are of a rank's part, so ranks learn about what one rank learns; another layout goes on about there."""
+    ranks, over = LAYOUTS[name]
+    spec = ranked.table(text, cache, **over, **CODED, model=WIDER)
+    whole, path = tmp_path / "whole", tmp_path / "run"
+    gang.run(ranked.train, ranks, spec, str(whole))
+    shutil.copytree(whole, path)
+    keep_until(path, 5)
+    gang.run(ranked.train, ranks, spec, str(path))
+    assert ranked.losses(path)[-7:] == ranked.losses(whole)[-7:]
+    ours, theirs = (save.read(complete(folder / "checkpoints")[-1]) for folder in (path, whole))
+    for kind in ("model", "optimizer"):
+        assert all(torch.equal(x.float(), theirs.tensors[kind][n].float()) for n, x in ours.tensors[kind].items())
+    keep_until(path, 10)
+    gang.run(ranked.train, 1, ranked.table(text, cache, **CODED, model=WIDER), str(path))
+    assert ranked.losses(path)[-2:] == pytest.approx(ranked.losses(whole)[-2:], rel=2e-2)
+    gang.run(ranked.train, 1, ranked.table(text, cache, **CODED, model=WIDER), str(tmp_path / "one"))
+    assert ranked.losses(whole) == pytest.approx(ranked.losses(tmp_path / "one"), rel=3e-2)
+
+
+def test_coded_moments_are_cut_as_weights_are(text: Path, cache: Path, tmp_path: Path) -> None:
+    """Matrices cut by columns and rows over tp: each rank saves its groups, and one rank goes on with all of them."""
+    spec = ranked.table(text, cache, optimizer=CODED["optimizer"], model=WIDER)
+    path = tmp_path / "run"
+    gang.run(ranked.train, 2, {**spec, "layout": {"tp": 2}}, str(path))
+    codes = save.read(complete(path / "checkpoints")[-1]).tensors["optimizer"]
+    assert codes["blocks.0.ffn.down_proj.weight/exp_avg.codes"].shape == (64, 96)
+    assert codes["blocks.0.ffn.down_proj.weight/exp_avg.scale"].shape == (64, 96 // 16)  # 48 columns a rank
+    before = ranked.losses(path)
+    keep_until(path, 5)
+    gang.run(ranked.train, 1, spec, str(path))
+    assert ranked.losses(path)[-2:] == pytest.approx(before[-2:], rel=2e-2)

@@ -22,7 +22,7 @@ from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
 from lmworks.train.probe import Probe
 from lmworks.train.saved import Keep, Recompute
-from lmworks.train.slots import SelectAll, Selector
+from lmworks.train.slots import Optimizer, SelectAll, Selector
 from lmworks.train.step import Step, accumulate
 from tests.train import toy
 
@@ -46,16 +46,22 @@ class Given:
 
 
 def step_on(
-    model: Backbone, batches: list[Batch], *, micro: int = 99, selector: Selector | None = None, clip: float = 1.0
+    model: Backbone,
+    batches: list[Batch],
+    *,
+    micro: int = 99,
+    selector: Selector | None = None,
+    clip: float = 1.0,
+    optimizer: Optimizer | None = None,
 ) -> Step:
-    objective = CrossEntropy()
+    objective, optimizer = CrossEntropy(), optimizer or AdamW(lr=1e-2)
     return Step(
         placement=whole(model),
         source=Given(batches),
-        selector=selector or SelectAll().start(model, AdamW(lr=1e-2), {}),
+        selector=selector or SelectAll().start(model, optimizer, {}),
         objective=objective,
         gradient=(Clip(norm=clip),),
-        update=AdamW(lr=1e-2).build(model),
+        update=optimizer.build(model),
         probe=Probe(model, objective, seed=0),
         rows=batches[0].rows,
         micro_rows=micro,

@@ -88,6 +88,7 @@ SLOTS: dict[str, Shelf] = {
             "keep": Part("train.saved:Keep", "keep every saved tensor"),
             "recompute": Part("train.saved:Recompute", "recompute each block in the backward pass"),
             "offload": Part("train.saved:Offload", "send saved tensors to files or host memory, and back in time"),
+            "coat": Part("methods.coat.blocks:CoatActivations", "products on eight-bit floats, and nothing wider kept"),
         },
         default="keep",
     ),
@@ -109,6 +110,7 @@ SLOTS: dict[str, Shelf] = {
             "muon": Part("train.optim:Muon", "orthogonalised momentum for matrices, AdamW for the rest"),
             "sophia": Part("methods.sophia:Sophia", "momentum over cheap curvature, clipped in every coordinate"),
             "lamb": Part("methods.megascale:Lamb", "Adam with a step per matrix as long as the matrix times the rate"),
+            "coat": Part("methods.coat.states:Coat", "another optimizer with its moments in eight-bit floats"),
         },
     ),
     "schedule": Shelf(

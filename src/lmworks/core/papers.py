@@ -76,7 +76,8 @@ METHODS: dict[str, Method] = {
         "COAT: Compressing Optimizer states and Activation for Memory-Efficient FP8 Training",
         2024,
         "optimizer moments and saved activations in 8-bit floats",
-        ("codec", "saved"),
+        ("optimizer", "saved"),
+        "methods.coat",
     ),
     "colm": Method(
         "Mini-batch Coresets for Memory-efficient Language Model Training on Data Mixtures",

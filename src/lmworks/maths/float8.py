@@ -51,6 +51,11 @@ class Scaled:
     """A float32 scalar for the whole tensor; bf16 (..., width / group) for groups along the last dim."""
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Both, to be kept for a backward pass."""
+        return self.codes, self.scale
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both."""
         return self.codes.nbytes + self.scale.nbytes

@@ -230,10 +230,13 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). Appends the new keys and values to `cache`, where there is one."""
-        heads = (-1, self.sizes.head_dim)
-        q_BTNh = self.q_proj(x_BTD).unflatten(-1, heads)
-        k_BTGh = self.k_proj(x_BTD).unflatten(-1, heads)
-        v_BTGh = self.v_proj(x_BTD).unflatten(-1, heads)
+        mixed_BTE = self.mix(self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD), frame, cache)
+        result: Tensor = self.o_proj(mixed_BTE)
+        return result
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
+        """What lies between the products: (B, T, N h), (B, T, G h), (B, T, G h) -> (B, T, N h)."""
+        q_BTNh, k_BTGh, v_BTGh = (x.view(*x.shape[:2], -1, self.sizes.head_dim) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNh, k_BTGh = self.q_norm(q_BTNh), self.k_norm(k_BTGh)
         if frame.rope is not None:
@@ -241,6 +244,4 @@ class Attention(nn.Module):
         k_BGKh, v_BGKh = k_BTGh.transpose(1, 2), v_BTGh.transpose(1, 2)
         if cache is not None:
             k_BGKh, v_BGKh = cache.append(k_BTGh, v_BTGh)
-        mixed_BTNh = attend(q_BTNh, k_BGKh, v_BGKh, frame.reaches[self.sizes.window])
-        result: Tensor = self.o_proj(mixed_BTNh.flatten(2))
-        return result
+        return attend(q_BTNh, k_BGKh, v_BGKh, frame.reaches[self.sizes.window]).flatten(2)

@@ -37,6 +37,11 @@ def plain_forms() -> Iterator[None]:
         _plain.reset(token)
 
 
+def plain_forms_asked() -> bool:
+    """Whether somebody asked for `plain_forms`."""
+    return _plain.get()
+
+
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A hand-written gradient that refuses to be differentiated again, instead of leaving terms out in silence."""
 

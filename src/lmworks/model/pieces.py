@@ -47,6 +47,18 @@ class Box:
         lengths[dim] = length
         return Box(whole=self.whole, offsets=tuple(offsets), lengths=tuple(lengths))
 
+    def of(self, shape: Sequence[int], values: tuple[int, ...]) -> Box | None:
+        """The box of a tensor of this shape that has an entry for each of `values`, or for each run along their last
+        dim; None for any other tensor, and where this box cuts a run. `values` are `lengths`, or all of `whole`."""
+        run = run_between(shape, values)
+        if run in (None, 1):
+            return self if run else None
+        ends = self.whole[-1], self.offsets[-1], self.lengths[-1]
+        if any(end % run for end in ends):
+            return None
+        whole, offsets, lengths = ((*of[:-1], of[-1] // run) for of in (self.whole, self.offsets, self.lengths))
+        return Box(whole=whole, offsets=offsets, lengths=lengths)
+
     def common(self, other: Box) -> Box | None:
         """What both hold; None when nothing."""
         starts = [max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True)]
@@ -61,6 +73,15 @@ class Box:
         return tuple(
             slice(o - base, o - base + n) for o, base, n in zip(self.offsets, other.offsets, self.lengths, strict=True)
         )
+
+
+def run_between(shape: Sequence[int], values: Sequence[int]) -> int | None:
+    """Of how many values along the last dim a tensor of this shape has one entry; None when it is not so laid out."""
+    if tuple(shape) == tuple(values):
+        return 1
+    if not shape or tuple(shape[:-1]) != tuple(values[:-1]) or not shape[-1] or values[-1] % shape[-1]:
+        return None
+    return values[-1] // shape[-1]
 
 
 def whole_box(shape: Sequence[int]) -> Box:
@@ -118,6 +139,22 @@ class Pieces:
                 f"{covered} of {wanted} values of {name} are there", where=str(self._found[name][0][0].parent)
             )
         return out
+
+    def read_for(self, name: str, box: Box) -> Tensor:
+        """What a box of a parameter needs of a tensor that belongs to the parameter, and may be laid out as its values.
+
+        Of one entry for a run of values: the runs, or, where the box cuts some, an entry for each value. Of any other
+        tensor: all of it.
+        """
+        shape = self._found[name][0][1].whole
+        run = run_between(shape, box.whole)
+        lies = box.of(shape, box.whole)
+        if run is None or lies is not None:
+            return self.read(name, lies)
+        first, stop = box.offsets[-1] // run, -(-(box.offsets[-1] + box.lengths[-1]) // run)
+        runs = Box(whole=shape, offsets=(*box.offsets[:-1], first), lengths=(*box.lengths[:-1], stop - first))
+        start = box.offsets[-1] - first * run
+        return self.read(name, runs).repeat_interleave(run, -1)[..., start : start + box.lengths[-1]].contiguous()
 
     def all(self) -> dict[str, Tensor]:
         """Every tensor, whole."""

@@ -196,7 +196,8 @@ class Placement:
     def saved(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Box]]:
         """Of tensors named 'parameter' or 'parameter/state': those that this rank saves, and where they lie.
 
-        A tensor that is not as large as its parameter, such as a step count, is whole on every rank.
+        A tensor with one entry for each run of values along its parameter's last dim lies as the values do. Any other
+        tensor, such as a step count, is whole on every rank.
         """
         mine, where = {}, {}
         first = not any(self.wire.place(axis) for axis in ("dp_replicate", "fsdp", "tp"))
@@ -205,8 +206,8 @@ class Placement:
             box, value = self.boxes.get(parameter), local(either)
             if box is None:
                 holds, part = first, whole_box(value.shape)
-            elif tuple(value.shape) == box.lengths:
-                holds, part = self.first_holder(parameter) and not box.empty, box
+            elif (lies := box.of(value.shape, box.lengths)) is not None:
+                holds, part = self.first_holder(parameter) and not box.empty, lies
             else:
                 holds, part = self.first_holder(parameter) and not any(box.offsets), whole_box(value.shape)
             if holds:
@@ -224,11 +225,10 @@ class Placement:
     def states(self, stored: Pieces, parameters: Collection[str]) -> dict[str, Tensor]:
         """This rank's parts of an optimizer's tensors, 'parameter/state'; `parameters`: names in the whole model."""
         found = {}
-        for name, shape in stored.shapes().items():
+        for name in stored.shapes():
             parameter = name.rpartition("/")[0]
             if parameter in self.boxes:
-                box = self.boxes[parameter]
-                found[name] = stored.read(name, box if shape == box.whole else None)
+                found[name] = stored.read_for(name, self.boxes[parameter])
             elif parameter not in parameters:
                 found[name] = stored.read(name)
         return found

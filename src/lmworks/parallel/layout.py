@@ -290,7 +290,7 @@ def _parts(layout: Layout, recipe: Any) -> Iterator[Problem]:
     if not recipe.selector.row_by_row:
         text = "chooses among all rows of a step, and no rank of this layout sees them all. Run it on one rank"
         yield Problem(path="selector", text=text)
-    if not recipe.optimizer.value_by_value:
+    if not recipe.optimizer.core().value_by_value:
         text = "needs whole matrices or passes of its own, which no rank of this layout can make. Run it on one rank"
         yield Problem(path="optimizer", text=text)
     if recipe.model.tied and layout.schedule in V_SHAPED and layout.ranks > layout.pp * layout.tp * layout.cp:

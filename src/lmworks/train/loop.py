@@ -224,7 +224,7 @@ class Loop:
             "tokens_per_second": rate,
             "mfu": rate * self.built.cost.train_flops_per_token / self.peak[0],
             "memory_bytes": memory_bytes(self.built.device),
-            **({"saved_bytes": books.peak} if books.on else {}),
+            **({"saved_bytes": books.peak, "state_bytes": self.built.step.update.held_bytes()} if books.on else {}),
             **({"joules": joules} if (joules := self.meter.joules()) is not None else {}),
             **result.extra,
         }

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
+from lmworks.parallel.shard import local
 
 if TYPE_CHECKING:
     from lmworks.train.ledger import Ledger
@@ -202,6 +203,10 @@ class Update(ABC):
     def zero_grad(self) -> None:
         """Drop all gradients."""
 
+    def held_bytes(self) -> int:
+        """Bytes that it holds between steps on this rank."""
+        return sum(local(x).nbytes for x in self.state().values())
+
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """All state tensors under 'parameter name/state name'."""
@@ -216,6 +221,10 @@ class Optimizer(ABC):
 
     value_by_value: ClassVar[bool] = False
     """Whether a value's update hangs on its own gradients only, so that each rank may update its part of a matrix."""
+
+    def core(self) -> Optimizer:
+        """The optimizer whose rule it is: itself, or the one that it wraps."""
+        return self
 
     @abstractmethod
     def build(self, model: Backbone) -> Update:
