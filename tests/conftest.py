@@ -24,10 +24,12 @@ hypothesis.settings.load_profile("lmworks")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compute on one thread, as OMP_NUM_THREADS alone does not bind torch's own pools."""
+    """Compute on one thread, as OMP_NUM_THREADS alone does not bind torch's own pools; interpret Triton's kernels."""
     import torch
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU, in its interpreter
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -102,6 +102,7 @@ def _cast(x: Tensor, form: Format, largest: Tensor | None, *, transposed: bool) 
         WIDE=is_e5m2(form),
         TRANSPOSED=transposed,
         NATIVE=native(x),
+        num_warps=8,
     )
     plain = Scaled(codes=codes.view(form.dtype), scale=scale)
     return plain, Scaled(codes=turned.view(form.dtype), scale=scale) if transposed else None
