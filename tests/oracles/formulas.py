@@ -82,8 +82,8 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor, ignore: int) -> Tensor:
     """(C,): log of the sum of exponentials minus the target's logit, row by row; 0 for a row to ignore."""
-    rows = [
-        row.sum() * 0 if int(target) == ignore else torch.log(torch.exp(row - row.max()).sum()) + row.max() - row[int(target)]
-        for row, target in zip(logits_CV, targets_C, strict=True)
-    ]
+    rows = []
+    for row, target in zip(logits_CV, targets_C.tolist(), strict=True):
+        normaliser = torch.log(torch.exp(row - row.max()).sum()) + row.max()
+        rows.append(row.sum() * 0 if target == ignore else normaliser - row[target])
     return torch.stack(rows)

@@ -223,7 +223,7 @@ def gated8(device: str, shape: Sequence[int], seed: int = 0) -> None:
 
 
 def step(found: Scaled, want: Tensor) -> None:
-    """Codes of exact values: half a step of three mantissa bits, and half the smallest number, of each group's scale."""
+    """Codes of exact values: half a step of three mantissa bits, or half the smallest number times its scale."""
     scale = found.scale.cpu().double().repeat_interleave(16, -1)
     error = (found.decode(torch.float64).cpu() - want).abs()
     assert bool((error <= want.abs() * 2.0**-4 * (1 + 1e-5) + scale * 2.0**-10 * (1 + 1e-5)).all())

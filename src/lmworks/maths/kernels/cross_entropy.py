@@ -61,7 +61,7 @@ def _losses(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row. The largest logit and the sum of exponentials are kept together, the sum scaled when the largest grows."""
+    """One row. The sum of exponentials is over that of the largest logit so far, and scaled down when that grows."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)

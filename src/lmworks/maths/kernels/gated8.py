@@ -86,7 +86,7 @@ def backward(grad: Tensor, gate: Scaled, silu: Scaled, up: Scaled) -> tuple[Tens
 def _silu(
     codes_ptr: tl.tensor,
     scale_ptr: tl.tensor,
-    out_ptr: tl.tensor,
+    out_codes_ptr: tl.tensor,
     out_scale_ptr: tl.tensor,
     groups: tl.tensor,
     GROUPS: tl.constexpr,
@@ -95,14 +95,14 @@ def _silu(
     """Some groups."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     x = load_by_group(codes_ptr, scale_ptr, group, groups, NATIVE)
-    store_by_group(x * sigmoid(x), out_ptr, out_scale_ptr, group, groups, NATIVE)
+    store_by_group(x * sigmoid(x), out_codes_ptr, out_scale_ptr, group, groups, NATIVE)
 
 
 @triton.jit
 def _product(
-    silu_ptr: tl.tensor,
+    silu_codes_ptr: tl.tensor,
     silu_scale_ptr: tl.tensor,
-    up_ptr: tl.tensor,
+    up_codes_ptr: tl.tensor,
     up_scale_ptr: tl.tensor,
     y_ptr: tl.tensor,
     maxima_ptr: tl.tensor,
@@ -112,8 +112,8 @@ def _product(
 ) -> None:
     """Some groups; the maximum is of y as it was rounded."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    opened = load_by_group(silu_ptr, silu_scale_ptr, group, groups, NATIVE)
-    y = rounded(opened * load_by_group(up_ptr, up_scale_ptr, group, groups, NATIVE), y_ptr)
+    opened = load_by_group(silu_codes_ptr, silu_scale_ptr, group, groups, NATIVE)
+    y = rounded(opened * load_by_group(up_codes_ptr, up_scale_ptr, group, groups, NATIVE), y_ptr)
     at = group[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(y_ptr + at, y, mask=(group < groups)[:, None])
     tl.store(maxima_ptr + tl.program_id(0), largest(largest(y.to(tl.float32))))
@@ -122,11 +122,11 @@ def _product(
 @triton.jit
 def _backward(
     grad_ptr: tl.tensor,
-    gate_ptr: tl.tensor,
+    gate_codes_ptr: tl.tensor,
     gate_scale_ptr: tl.tensor,
-    silu_ptr: tl.tensor,
+    silu_codes_ptr: tl.tensor,
     silu_scale_ptr: tl.tensor,
-    up_ptr: tl.tensor,
+    up_codes_ptr: tl.tensor,
     up_scale_ptr: tl.tensor,
     d_gate_ptr: tl.tensor,
     d_up_ptr: tl.tensor,
@@ -140,12 +140,12 @@ def _backward(
     at = group[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside = (group < groups)[:, None]
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    gate = load_by_group(gate_ptr, gate_scale_ptr, group, groups, NATIVE)
+    gate = load_by_group(gate_codes_ptr, gate_scale_ptr, group, groups, NATIVE)
     s = sigmoid(gate)
-    up = load_by_group(up_ptr, up_scale_ptr, group, groups, NATIVE)
+    up = load_by_group(up_codes_ptr, up_scale_ptr, group, groups, NATIVE)
     d_gate = rounded(grad * up * s * (1.0 + gate * (1.0 - s)), d_gate_ptr)
     tl.store(d_gate_ptr + at, d_gate, mask=inside)
-    d_up = rounded(grad * load_by_group(silu_ptr, silu_scale_ptr, group, groups, NATIVE), d_up_ptr)
+    d_up = rounded(grad * load_by_group(silu_codes_ptr, silu_scale_ptr, group, groups, NATIVE), d_up_ptr)
     tl.store(d_up_ptr + at, d_up, mask=inside)
     tl.store(maxima_ptr + tl.program_id(0), largest(largest(d_gate.to(tl.float32))))
     tl.store(maxima_ptr + tl.num_programs(0) + tl.program_id(0), largest(largest(d_up.to(tl.float32))))

@@ -37,7 +37,7 @@ def warps(values: int) -> int:
 def launch(kernel: Any, programs: int, x: Tensor, *words: Any, **settings: Any) -> None:
     """Run the kernel's programs on the device of x, its first argument. None for no programs: CUDA refuses them."""
     if programs:
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # torch leaves it without types
             kernel[(programs,)](x, *words, **settings)
 
 

@@ -99,7 +99,7 @@ def _forward(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
     x_stride: tl.tensor,
@@ -116,7 +116,7 @@ def _forward(
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     y = x * scale[:, None] * weight[None, :]
     tl.store(y_ptr + row[:, None] * width + column[None, :], rounded(y, y_ptr), mask=inside)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+    tl.store(inverse_ptr + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _backward(
     grad_ptr: tl.tensor,
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
     dx_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     rows: tl.tensor,
@@ -144,7 +144,7 @@ def _backward(
         inside = (row < rows)[:, None] & (column < width)[None, :]
         grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+        scale = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
         normed = x * scale
         weighted = grad * weight[None, :]
         mean = tl.sum(weighted * normed, axis=1) / width

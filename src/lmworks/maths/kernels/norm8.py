@@ -96,7 +96,7 @@ def _forward(
     x_scale_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
     maxima_ptr: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
@@ -115,7 +115,7 @@ def _forward(
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     y = rounded(x * scale[:, None] * weight[None, :], y_ptr)
     tl.store(y_ptr + at, y, mask=inside)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+    tl.store(inverse_ptr + row, scale, mask=row < rows)
     tl.store(maxima_ptr + tl.program_id(0), largest(largest(y.to(tl.float32))))
 
 
@@ -125,7 +125,7 @@ def _backward(
     codes_ptr: tl.tensor,
     x_scale_ptr: tl.tensor,
     weight_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
     dx_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     rows: tl.tensor,
@@ -145,7 +145,7 @@ def _backward(
         inside = (row < rows)[:, None] & (column < width)[None, :]
         at = row[:, None] * width + column[None, :]
         grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+        scale = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
         normed = _load(codes_ptr, x_scale_ptr, at, inside, NATIVE) * scale
         weighted = grad * weight[None, :]
         mean = tl.sum(weighted * normed, axis=1) / width

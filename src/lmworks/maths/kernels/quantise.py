@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lmworks.maths.float8 import E4M3, TINY, Format, Scaled
-from lmworks.maths.kernels.codes import empty, encode, is_e5m2, largest, load_by_group, native, store_by_group
 from lmworks.maths.kernels.codes import bits as bits_of
+from lmworks.maths.kernels.codes import empty, encode, is_e5m2, largest, load_by_group, native, store_by_group
 from lmworks.maths.kernels.grid import launch, rounded
 
 GROUPS = 128
@@ -173,9 +173,9 @@ def _maxima(x_ptr: tl.tensor, found_ptr: tl.tensor, count: tl.tensor, BLOCK: tl.
 @triton.jit
 def _cast_tile(
     x_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
     codes_ptr: tl.tensor,
-    turned_ptr: tl.tensor,
+    turned_codes_ptr: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
     SIDE: tl.constexpr,
@@ -190,8 +190,8 @@ def _cast_tile(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row[:, None] * columns + column[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    codes = encode(tl.div_rn(x, tl.load(scale_ptr) + tl.zeros_like(x)), WIDE, NATIVE)
+    codes = encode(tl.div_rn(x, tl.load(factor_ptr) + tl.zeros_like(x)), WIDE, NATIVE)
     tl.store(codes_ptr + at, codes, mask=inside)
     if TRANSPOSED:
         back = column[:, None] * rows + row[None, :]
-        tl.store(turned_ptr + back, tl.trans(codes), mask=(column < columns)[:, None] & (row < rows)[None, :])
+        tl.store(turned_codes_ptr + back, tl.trans(codes), mask=(column < columns)[:, None] & (row < rows)[None, :])

@@ -16,8 +16,8 @@ from lmworks.maths.kernels.grid import launch, rounded, warps
 def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     """Turn each pair (i, i + r/2) of the first r values of a head by its angle. Differentiable once, for x.
 
-    cos, sin: (B or 1, T, r) float32, each angle twice, the first sine negated (`model.ops.rotate`). Values beyond r pass
-    through.
+    cos, sin: (B or 1, T, r) float32, each angle twice, the first sine negated (`model.ops.rotate`). Values beyond r
+    pass through.
     """
     result: Tensor = _Rotate.apply(x_BTNh, cos_BTr, sin_BTr)  # type: ignore[no-untyped-call]
     return result
