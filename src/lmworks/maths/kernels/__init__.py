@@ -70,7 +70,9 @@ def work_on(device: torch.device) -> bool:
     Triton builds its launcher with the machine's C compiler: where that fails, one warning says why, and the answer is
     no. bfloat16 asks for compute capability 8.0.
     """
-    if device.type != "cuda" or not there() or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or not there() or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         grid, norm = (importlib.import_module(f"{__name__}.{name}") for name in ("grid", "norm"))

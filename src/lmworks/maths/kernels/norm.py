@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lmworks.maths.kernels.grid import launch, rounded, rows_of, tile, warps
 
-PARTS = 256
+PARTS = 512
 """Programs of a backward pass, each with a partial sum of the weight's gradient: the same on every device, and so are
 the sums."""
 
