@@ -99,7 +99,7 @@ OPTIMIZERS = [AdamW(lr=0.01), Lion(lr=0.01), SGD(lr=0.01), Muon(lr=0.01)]
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=lambda s: type(s).__name__)
 def test_state_by_name_goes_on_bitwise(settings: PlainOptimizer, device: str) -> None:
-    """From tensors on the CPU, as a checkpoint gives them; torch's fused kernels keep their count beside the weights."""
+    """From tensors on the CPU, as checkpoints give them; torch's fused kernels keep their count beside the weights."""
     whole, first = toy().to(device), toy().to(device)
     grads = [{name: grad.to(device) for name, grad in step.items()} for step in gradients(whole, 6)]
     run(whole, settings.build(whole), grads)
