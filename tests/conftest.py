@@ -15,6 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest
+import torch
+
+# Before Triton is imported, which torch.distributed does: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TIERS = {"ranks", "slow", "gpu"}
 
@@ -25,15 +30,11 @@ hypothesis.settings.load_profile("lmworks")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compute on one thread, as OMP_NUM_THREADS alone does not bind torch's own pools."""
-    import torch
-
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tier `fast` to every test without one, and skip `gpu` where there is no device."""
-    import torch
-
     for item in items:
         tiers = TIERS & {mark.name for mark in item.iter_markers()}
         if not tiers:

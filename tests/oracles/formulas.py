@@ -70,7 +70,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps) * weight
 
 
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x))."""
+    return x / (1 + torch.exp(-x))
+
+
 def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x))."""
-    opened = x @ gate.T
-    return ((opened / (1 + torch.exp(-opened))) * (x @ up.T)) @ down.T
+    return (silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def cross_entropy(logits_CV: Tensor, targets_C: Tensor, ignore: int) -> Tensor:
+    """(C,): log of the sum of exponentials minus the target's logit, row by row; 0 for a row to ignore."""
+    rows = []
+    for row, target in zip(logits_CV, targets_C.tolist(), strict=True):
+        normaliser = torch.log(torch.exp(row - row.max()).sum()) + row.max()
+        rows.append(row.sum() * 0 if target == ignore else normaliser - row[target])
+    return torch.stack(rows)

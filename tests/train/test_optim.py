@@ -96,15 +96,17 @@ def test_muon_moves_hidden_matrices_along_nearly_orthogonal_directions() -> None
 OPTIMIZERS = [AdamW(lr=0.01), Lion(lr=0.01), SGD(lr=0.01), Muon(lr=0.01)]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=lambda s: type(s).__name__)
-def test_state_by_name_goes_on_bitwise(settings: PlainOptimizer) -> None:
-    whole, first = toy(), toy()
-    grads = gradients(whole, 6)
+def test_state_by_name_goes_on_bitwise(settings: PlainOptimizer, device: str) -> None:
+    """From tensors on the CPU, as checkpoints give them; torch's fused kernels keep their count beside the weights."""
+    whole, first = toy().to(device), toy().to(device)
+    grads = [{name: grad.to(device) for name, grad in step.items()} for step in gradients(whole, 6)]
     run(whole, settings.build(whole), grads)
     update = settings.build(first)
     run(first, update, grads[:3])
-    state = {name: value.clone() for name, value in update.state().items()}
-    second = toy()
+    state = {name: value.cpu().clone() for name, value in update.state().items()}
+    second = toy().to(device)
     second.load_state_dict(first.state_dict())
     resumed = settings.build(second)
     resumed.load(state)

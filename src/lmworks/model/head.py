@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmworks.maths import kernels
 from lmworks.model import ops
 
 IGNORE = -100
@@ -89,8 +90,7 @@ def cross_entropy_each(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, 
     with torch.no_grad():
         weight_VD = weight_VD.to(hidden_ND.dtype)
         for at in chunks(targets_N.shape[0], chunk or chunk_rows(weight_VD.shape[0], hidden_ND.device.type)):
-            loss_C, _ = _chunk_loss(_logits(hidden_ND[at], weight_VD), targets_N[at])
-            losses_N[at] = loss_C
+            losses_N[at], _ = _visit(_logits(hidden_ND[at], weight_VD), targets_N[at], None, gradient=False)
     return losses_N
 
 
@@ -113,19 +113,17 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shares_N: Tensor | None, rows: int
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dtype = hidden_ND.dtype
-        weight = weight_VD.to(dtype)
+        weight = weight_VD.to(hidden_ND.dtype)
         total = torch.zeros((), dtype=accumulate_dtype(hidden_ND), device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD) if need_weight else None
         for at in chunks(targets_N.shape[0], rows):
-            targets_C = targets_N[at]
-            loss_C, logits_CV = _chunk_loss(_logits(hidden_ND[at], weight), targets_C)
-            total += loss_C.sum() if shares_N is None else (loss_C * shares_N[at]).sum()
-            if not (need_hidden or need_weight):
+            shares_C = None if shares_N is None else shares_N[at]
+            logits_CV = _logits(hidden_ND[at], weight)
+            loss_C, grad_CV = _visit(logits_CV, targets_N[at], shares_C, gradient=need_hidden or need_weight)
+            total += loss_C.sum() if shares_C is None else (loss_C * shares_C).sum()
+            if grad_CV is None:
                 continue
-            grad_CV = _gradient_in_place(logits_CV, targets_C)
-            grad_CV = (grad_CV if shares_N is None else grad_CV.mul_(shares_N[at, None])).to(dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[at])
             if grad_weight is not None:
@@ -141,6 +139,24 @@ class _CrossEntropySum(torch.autograd.Function):
         hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
         weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
         return hidden, weight, None, None, None
+
+
+def _visit(
+    logits_CV: Tensor, targets_C: Tensor, shares_C: Tensor | None, *, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [C]; with `gradient`, that of their sum times the shares, [C, V] in the dtype of the logits."""
+    if ops.on_gpu(logits_CV):
+        losses_C = kernels.cross_entropy.losses_in_place(
+            logits_CV, targets_C, ignore=IGNORE, shares_C=shares_C, gradient=gradient
+        )
+        return losses_C, logits_CV if gradient else None
+    losses_C, log_probs_CV = _chunk_loss(logits_CV, targets_C)
+    if not gradient:
+        return losses_C, None
+    grad_CV = _gradient_in_place(log_probs_CV, targets_C)
+    if shares_C is not None:
+        grad_CV.mul_(shares_C[:, None])
+    return losses_C, grad_CV.to(logits_CV.dtype)
 
 
 def _chunk_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The arithmetic under the layers: one function per formula, exact against `tests/oracles`.
 
 Each formula stands once in plain PyTorch. In eager mode on a CPU, where a pass over memory costs as much as arithmetic,
-RMSNorm and float32 products have a second form with a hand-written gradient (benchmarks/log.md).
-`torch.compile`, GPUs and `plain_forms` get the plain form.
+RMSNorm and float32 products have a second form with a hand-written gradient (benchmarks/log.md). In eager mode on a GPU
+RMSNorm, rotation, SwiGLU and the loss (`model.head`) are Triton kernels where Triton is installed (`maths.kernels`).
+`torch.compile`, which fuses the plain forms itself, and `plain_forms` get the plain form.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lmworks.maths import kernels
 
 ONEDNN: bool = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")  # type: ignore[no-untyped-call]
 """Whether oneDNN's float32 products can be asked for by name."""
@@ -59,6 +62,11 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 def on_cpu(x: Tensor) -> bool:
     """Whether the forms for CPUs apply to x."""
     return x.device.type == "cpu" and own_forms()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels for GPUs apply to x."""
+    return x.is_cuda and own_forms() and x.dtype in kernels.DTYPES and kernels.work_on(x.device)
 
 
 def own_forms() -> bool:
@@ -121,6 +129,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
+    if on_gpu(x) and x.shape[-1] <= kernels.MOST_COLUMNS:
+        return kernels.norm.rms_norm(x, weight, eps)
     if on_cpu(x):
         result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
@@ -166,6 +176,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
+    if on_gpu(gate):
+        return kernels.gated.swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -175,6 +187,8 @@ def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     cos, sin: (B or 1, T, r) float32 as `Rotary.tables` gives them, each angle twice and the first sine negated, so that
     the turn is x cos + (x with its halves swapped) sin. Values beyond r pass through (partial rotary of GPT-NeoX).
     """
+    if on_gpu(x_BTNh):
+        return kernels.rotary.rotate(x_BTNh, cos_BTr, sin_BTr)
     cos, sin = cos_BTr[:, :, None], sin_BTr[:, :, None]
     width = cos.shape[-1]
     turned, rest = (x_BTNh, None) if width == x_BTNh.shape[-1] else (x_BTNh[..., :width], x_BTNh[..., width:])

@@ -110,9 +110,9 @@ class TorchUpdate(Update):
             if wanted is not None and set(kept) != wanted:
                 raise _other_state(f"{name} has {_listed(kept)} there, this one keeps {_listed(wanted)}")
             if kept:
+                counts_there = bool(optimizer.defaults.get("fused"))  # torch's fused kernels read `step` on the device
                 optimizer.state[parameter] = {
-                    key: value if value.ndim == 0 else like(parameter, value.to(parameter.device))
-                    for key, value in kept.items()
+                    key: _placed(value, parameter, counts_there=counts_there) for key, value in kept.items()
                 }
         if found:
             raise _other_state(f"it holds {_listed(found)}, which this one does not train")
@@ -122,6 +122,13 @@ class TorchUpdate(Update):
             for group in optimizer.param_groups:
                 for name, parameter in zip(group["names"], group["params"], strict=True):
                     yield optimizer, name, parameter
+
+
+def _placed(value: Tensor, parameter: nn.Parameter, *, counts_there: bool) -> Tensor:
+    """A state tensor where the optimizer wants it: beside its parameter, but for counts that stay on the CPU."""
+    if value.ndim == 0:
+        return value.to(parameter.device) if counts_there else value
+    return like(parameter, value.to(parameter.device))
 
 
 def _state_names(optimizer: torch.optim.Optimizer) -> set[str] | None:

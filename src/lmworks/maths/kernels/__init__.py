@@ -1,0 +1,84 @@
+"""Kernels for GPUs in Triton, one file for each family; every one has an equal in plain PyTorch.
+
+    norm            RMSNorm
+    rotary          rotary embedding
+    gated           silu(gate) * up
+    cross_entropy   losses of rows of logits, and their gradient in place
+    quantise        eight-bit codes by group and by tensor, transposed copies
+    norm8, gated8   RMSNorm and SwiGLU that read and write eight-bit codes
+    codes, grid     what kernels share: eight-bit numbers by their bits; rows and tiles
+
+A family is imported, and Triton with it, when it is first asked for: `from lmworks.maths import kernels` costs nothing.
+Kernels run compiled on CUDA tensors. Where TRITON_INTERPRET=1 was set before Triton was imported, they run on CPU
+tensors in Triton's interpreter, program by program: that is how they are tested without a GPU.
+
+Nothing here chooses: `work_on` tells whether the kernels can be had on a device, `model.ops` decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import subprocess
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from lmworks.maths.kernels import cross_entropy, gated, gated8, norm, norm8, quantise, rotary
+
+FAMILIES = ("cross_entropy", "gated", "gated8", "norm", "norm8", "quantise", "rotary")
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+"""What the kernels that are not about eight bits take; they compute in float32."""
+MOST_COLUMNS = 16384
+"""The widest row that RMSNorm's kernels take: a program holds a whole one."""
+
+__all__ = [
+    "DTYPES",
+    "MOST_COLUMNS",
+    "cross_entropy",
+    "gated",
+    "gated8",
+    "norm",
+    "norm8",
+    "quantise",
+    "rotary",
+    "there",
+    "work_on",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A family, imported when it is first asked for."""
+    if name in FAMILIES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def there() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def work_on(device: torch.device) -> bool:
+    """Whether the kernels run compiled on this device; the first call compiles one of them to see.
+
+    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why, and the answer is
+    no. bfloat16 asks for compute capability 8.0.
+    """
+    if device.type != "cuda" or not there() or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        grid, norm = (importlib.import_module(f"{__name__}.{name}") for name in ("grid", "norm"))
+        x = torch.ones(1, 16, device=device)
+        return not grid.INTERPRETED and bool(torch.isfinite(norm.rms_norm(x, x[0], 1e-6)).all())
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        text = f"Triton cannot build kernels for {device}, so the plain forms run: {error}"
+        warnings.warn(text, stacklevel=2)
+        return False
