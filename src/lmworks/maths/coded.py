@@ -74,9 +74,10 @@ def multiplied(silu8: Scaled, up8: Scaled, dtype: torch.dtype) -> tuple[Tensor, 
     return y_MF, y_MF.abs().amax().float()
 
 
-def gate_back(dy_MF: Tensor, gate8: Scaled, silu8: Scaled, up8: Scaled) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and of up, in the dtype of dy: of silu(gate) * up, read from their codes."""
+def gate_back(dy_MF: Tensor, gate8: Scaled, silu8: Scaled, up8: Scaled) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up of silu(gate) * up, from their codes, in the dtype of dy; and max |x| of each (2)."""
     dy, gate = dy_MF.float(), gate8.decode()
     share = torch.sigmoid(gate)
     d_gate = dy * up8.decode() * (share * (1 + gate * (1 - share)))
-    return d_gate.to(dy_MF.dtype), (dy * silu8.decode()).to(dy_MF.dtype)
+    d_gate, d_up = d_gate.to(dy_MF.dtype), (dy * silu8.decode()).to(dy_MF.dtype)
+    return d_gate, d_up, torch.stack([d_gate.abs().amax(), d_up.abs().amax()]).float()

@@ -8,9 +8,10 @@ A storage is known by a weak reference to it: while that is held, its address ca
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+Forward = Callable[..., Any]
+"""A module's forward pass."""
 REST = "rest"
 """The scope of what is saved outside of blocks: embedding, final norm, head and loss."""
 
@@ -115,6 +118,19 @@ class Ledger:
     def kept(self, x: Tensor, scope: str) -> Any:
         """A counted handle on x; x itself where it is a weight."""
         return x.detach() if is_parameter(x) else Kept(self, x, scope)
+
+
+def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
+    """The same, with what it saves in the books."""
+    if books is None:
+        return forward
+
+    @functools.wraps(forward)
+    def with_books(*words: Any, **named: Any) -> Any:
+        with books.counting(name):
+            return forward(*words, **named)
+
+    return with_books
 
 
 class Kept:

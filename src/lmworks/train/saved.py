@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,9 @@ from lmworks.core.errors import Problem
 from lmworks.core.home import home
 from lmworks.core.recipe import NonNegativeInt, PositiveInt
 from lmworks.train.backends import Disk, Host
-from lmworks.train.ledger import Ledger, counted_beside
+from lmworks.train.ledger import Forward, Ledger, counted, counted_beside
 from lmworks.train.offload import TensorCache
 from lmworks.train.slots import Saved
-
-Forward = Callable[..., Any]
 
 
 @final
@@ -30,11 +28,9 @@ Forward = Callable[..., Any]
 class Keep(Saved):
     """Keep every tensor that autograd saves: fastest, most memory."""
 
-    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
-        """Only count them."""
-        for name, block in blocks.items() if books is not None else ():
-            block.forward = counted(block.forward, name, books)
-        return ()
+    def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
+        """As they are."""
+        return block.forward
 
 
 @final
@@ -45,13 +41,9 @@ class Recompute(Saved):
     every: PositiveInt = 1
     """Recompute blocks 0, every, 2 * every, ...; the others keep their tensors."""
 
-    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
-        """Wrap the chosen blocks' forward. Names of parameters stay as they are."""
-        for name, block in blocks.items():
-            chosen = int(name) % self.every == 0
-            forward = recomputed(block.forward, name, books) if chosen else block.forward
-            block.forward = counted(forward, name, books)
-        return ()
+    def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
+        """Twice where the block is chosen."""
+        return recomputed(block.forward, name, books) if int(name) % self.every == 0 else block.forward
 
 
 @final
@@ -90,13 +82,17 @@ class Offload(Saved):
             most = recipe.model.n_layers - 1
             yield Problem(path="last", text=f"is {self.last}: nothing would go out. Legal: 0 to {most}")
 
+    def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
+        """Once, or twice with `recompute`."""
+        return recomputed(block.forward, name, books) if self.recompute else block.forward
+
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the blocks' forward; the cache that holds what went out."""
         cache = TensorCache(
             self._backend(), books or Ledger(), least=self.least_bytes, threads=self.threads, ahead=self.ahead
         )
         for index, (name, block) in enumerate(blocks.items()):
-            forward = recomputed(block.forward, name, books) if self.recompute else block.forward
+            forward = self.passes(block, name, books)
             if index < len(blocks) - self.last:
                 block.forward = _sent(forward, name, cache, first=index == 0)
             else:
@@ -108,19 +104,6 @@ class Offload(Saved):
             return Host()
         folders = [Path(folder).expanduser() for folder in self.folders] or [home() / "offload"]
         return Disk(folders, f"saved-{uuid.uuid4().hex}")
-
-
-def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
-    """The same, with what it saves in the books."""
-    if books is None:
-        return forward
-
-    @functools.wraps(forward)
-    def with_books(*words: Any, **named: Any) -> Any:
-        with books.counting(name):
-            return forward(*words, **named)
-
-    return with_books
 
 
 def recomputed(forward: Forward, name: str, books: Ledger | None) -> Forward:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.parallel.shard import local
+from lmworks.train.ledger import Forward, Ledger, counted
 
 if TYPE_CHECKING:
-    from lmworks.train.ledger import Ledger
     from lmworks.train.offload import TensorCache
     from lmworks.train.probe import Probe
 
@@ -171,12 +171,23 @@ class Saved(ABC):
     """What blocks keep for their backward pass. Set on the model once, before anything is compiled or sharded."""
 
     @abstractmethod
+    def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
+        """The forward pass of a block as this policy makes it, by its number in the whole model; uncounted.
+
+        `books`: where the bytes of a pass that is made again are counted.
+        """
+
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Arrange some blocks, by their number in the whole model and in the order of the forward pass.
 
         `books`: where saved bytes are counted, by block; None where nobody counts. Returns the caches in which saved
         tensors wait, where there are any: the step closes them.
         """
+        for name, block in blocks.items():
+            forward = self.passes(block, name, books)
+            if forward != block.forward or books is not None:
+                block.forward = counted(forward, name, books)
+        return ()
 
     def apply(self, model: Backbone, books: Ledger | None = None) -> Sequence[TensorCache]:
         """Arrange all blocks of the model."""

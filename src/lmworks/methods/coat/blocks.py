@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,9 +18,7 @@ from lmworks.model.attention import Frame
 from lmworks.model.cache import BlockCache
 from lmworks.model.decoder import Block, DecoderConfig
 from lmworks.model.layers import Linear, SwiGLU, is_plain
-from lmworks.train.ledger import Ledger
-from lmworks.train.offload import TensorCache
-from lmworks.train.saved import counted
+from lmworks.train.ledger import Forward, Ledger
 from lmworks.train.slots import Saved
 
 
@@ -32,11 +30,9 @@ class CoatActivations(Saved):
     Passes without gradient (validation, samples) and exports use the weights as they are.
     """
 
-    def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
-        """Replace the blocks' forward. Raises UsageError for blocks whose products are not plain ones."""
-        for name, block in blocks.items():
-            block.forward = counted(coated(block, name), name, books)
-        return ()
+    def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
+        """Once, on codes. Raises UsageError for a block whose products are not plain ones."""
+        return coated(block, name)
 
     def check(self, recipe: Any) -> Iterator[Problem]:
         """Other families, divided matrices, and sizes that are no whole groups."""
@@ -70,7 +66,7 @@ def sizes_of(shape: DecoderConfig) -> dict[str, int]:
     }
 
 
-def coated(block: nn.Module, name: str) -> Callable[..., Tensor]:
+def coated(block: nn.Module, name: str) -> Forward:
     """A block's forward with products on codes: (B, T, D) -> (B, T, D). A mixture of experts stays as it is."""
     assert isinstance(block, Block), "check has refused other families"
     attn, ffn, plain = block.attn, block.ffn, block.forward

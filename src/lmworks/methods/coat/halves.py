@@ -89,8 +89,8 @@ class FeedForward(torch.autograd.Function):
         *kept, scale_M, norm_D, gate_FD, up_FD, down_DF = ctx.saved_tensors
         x8, y8_T, gate8, silu8, up8, z8_T = _pairs(kept)
         dz_MF, (d_down,) = products_back(z8_T, [down_DF], [grad_MD])
-        grads = coded.gate_back(dz_MF, gate8, silu8, up8)
-        dy_MD, (d_gate, d_up) = products_back(y8_T, [gate_FD, up_FD], grads)
+        *grads, largest_2 = coded.gate_back(dz_MF, gate8, silu8, up8)
+        dy_MD, (d_gate, d_up) = products_back(y8_T, [gate_FD, up_FD], grads, largest_2.unbind())
         dx_MD, d_norm = coded.norm_back(dy_MD, x8, norm_D, scale_M)
         return dx_MD, d_norm, None, d_gate, d_up, d_down
 
@@ -101,16 +101,18 @@ def _pairs(kept: Sequence[Tensor]) -> list[Scaled]:
 
 
 def products_back(
-    x8_T: Scaled, matrices: Sequence[Tensor], grads: Sequence[Tensor]
+    x8_T: Scaled, matrices: Sequence[Tensor], grads: Sequence[Tensor], largest: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Gradients of the input of one or several products and of their matrices (O, I), from the input's codes (I, M).
 
-    `grads`: (M, O) each, rounded to E5M2 here. Weights are rounded again: only the master waited in between.
+    `grads`: (M, O) each, rounded to E5M2 here; `largest`: their max |x|, where it is known. Weights are rounded again:
+    only the master waited in between.
     """
     kind = grads[0].dtype
     parts, weights = [], []
-    for grad_MO, w_OI in zip(grads, matrices, strict=True):
-        g8, g8_T = coded.both(grad_MO, E5M2)
+    tops: Sequence[Tensor | None] = largest or [None] * len(grads)
+    for grad_MO, w_OI, top in zip(grads, matrices, tops, strict=True):
+        g8, g8_T = coded.both(grad_MO, E5M2, top)
         _, w8_T = coded.both(w_OI, E4M3)
         parts.append(coded.product(g8, w8_T, kind))
         weights.append(coded.product(g8_T, x8_T, kind).to(w_OI.dtype))
