@@ -5,6 +5,9 @@ Values are taken in flattened order, `group` at a time; the last group may be sh
     y = sign(x) (|x| / c)^k,     code = cast(y / s),     x is about sign(code) |code s|^(1/k) c
 
 so that the group fills the range of the format. c is the geometric mean of its largest and its least non-zero |x|.
+
+Each stands here in plain PyTorch. In eager mode on a GPU a kernel does it in one pass (`maths.kernels.expansion`); its
+powers differ in the last bits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmworks.maths import kernels
 from lmworks.maths.float8 import E4M3, Format, cast
 
 STEPS = 16
@@ -40,6 +44,8 @@ class Expanded:
 
     def decode(self, group: int = 128) -> Tensor:
         """The values, float32, in the shape of the codes."""
+        if _by_kernel(self.codes, group):
+            return kernels.expansion.decoded(self.codes, self.scale, self.exponent, self.centre, group)
         flat = grouped(self.codes.float(), group)
         wide = decoded(flat, self.scale[:, None], self.exponent[:, None], self.centre[:, None])
         return wide.flatten()[: self.codes.numel()].view(self.codes.shape)
@@ -57,6 +63,12 @@ def encode(
 
     Zeros do not count as the least |x| of a group; a group of zeros has scale, exponent and centre 1.
     """
+    if _by_kernel(x, group):
+        bounds = (max(floor or 0.0, 1 / STEPS), MOST)
+        found = kernels.expansion.encoded(
+            x.detach(), form, group, expand=expand, bounds=bounds, steps=STEPS, alike=ALIKE
+        )
+        return Expanded(codes=found[0], scale=found[1], exponent=found[2], centre=found[3])
     x_KG = grouped(x.detach().float(), group)
     size_KG = x_KG.abs()
     largest_K = size_KG.amax(1) if size_KG.numel() else size_KG.new_zeros(0)
@@ -69,6 +81,11 @@ def encode(
     y_KG = (size_KG / centre_K[:, None]).pow(exponent_K[:, None]).copysign(x_KG)
     codes = cast(y_KG / scale_K[:, None], form).flatten()[: x.numel()].view(x.shape)
     return Expanded(codes=codes.clone(), scale=scale_K, exponent=exponent_K, centre=centre_K)
+
+
+def _by_kernel(x: Tensor, group: int) -> bool:
+    """Whether the kernel takes it: a group is a row of a tile."""
+    return kernels.take(x) and group & (group - 1) == 0 and x.dtype != torch.float64
 
 
 def _stretch(largest_K: Tensor, least_K: Tensor, form: Format, floor: float | None) -> tuple[Tensor, Tensor]:

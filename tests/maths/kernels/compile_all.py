@@ -17,13 +17,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmworks.maths.kernels import cross_entropy, gated, gated8, norm, norm8, quantise, rotary
+from lmworks.maths.kernels import cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary
 from lmworks.maths.kernels.grid import warps
 
-FAMILIES = (cross_entropy, gated, gated8, norm, norm8, quantise, rotary)
+FAMILIES = (cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary)
 FLOAT32 = {
     f"{name}_ptr" for name in ["inverse", "factor", "maxima", "found", "partial", "losses", "shares", "cos", "sin"]
 }
+OF_MOMENTS = {"x_ptr", "scale_ptr", "exponent_ptr", "centre_ptr", "out_ptr"}
+"""Pointers of expansion's kernels, all to float32."""
+REALS = {"eps", "floor", "most", "alike"}
+"""Arguments that are no whole numbers."""
 """Pointers to float32; those with `codes` in their name point to bytes, the others to bfloat16."""
 ROWS = [{"ROWS": 32, "WIDTH": 64}, {"ROWS": 1, "WIDTH": 4096}, {"ROWS": 1, "WIDTH": 16384}]
 TRUE_FALSE = (True, False)
@@ -32,6 +36,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"IGNORE": -100, "SHARES": shares, "GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK}
         for shares, gradient in ((True, True), (False, True), (False, False))
     ],
+    "expansion._encode": [
+        {"G": 128, "GROUPS": expansion.GROUPS, "EXPAND": expand, "WIDE": wide}
+        for expand in TRUE_FALSE
+        for wide in TRUE_FALSE
+    ],
+    "expansion._decode": [{"G": 128, "GROUPS": expansion.GROUPS, "WIDE": wide} for wide in TRUE_FALSE],
     "gated._forward": [{"BLOCK": gated.BLOCK}],
     "gated._backward": [{"BLOCK": gated.BLOCK}],
     "norm._forward": ROWS,
@@ -59,19 +69,21 @@ def kernels() -> list[tuple[str, Any]]:
     ]
 
 
-def type_of(argument: str) -> str:
+def type_of(argument: str, family: str) -> str:
     """How an argument is passed."""
     if not argument.endswith("_ptr"):
-        return "fp32" if argument == "eps" else "i32"
+        return "fp32" if argument in REALS else "i32"
     if argument == "targets_ptr":
         return "*i64"
+    if family == "expansion" and argument in OF_MOMENTS:
+        return "*fp32"
     return "*u8" if "codes" in argument else "*fp32" if argument in FLOAT32 else "*bf16"
 
 
 def compiled(name: str, kernel: Any, settings: dict[str, Any], capability: int) -> dict[str, Any]:
     """A row of the report. Sizes and addresses are multiples of 16, as they mostly are."""
     words = dict(settings) | ({"NATIVE": capability >= 89} if "NATIVE" in kernel.arg_names else {})
-    signature = {arg: "constexpr" if arg in words else type_of(arg) for arg in kernel.arg_names}
+    signature = {arg: "constexpr" if arg in words else type_of(arg, name.partition(".")[0]) for arg in kernel.arg_names}
     whole = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
     values = settings.get("WIDTH", 0) * settings.get("ROWS", 0) or settings.get("BLOCK", 0)
     source = ASTSource(kernel, signature=signature, constexprs=words, attrs=whole)

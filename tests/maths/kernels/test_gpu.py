@@ -8,6 +8,7 @@ import torch
 from lmworks.maths import kernels
 from lmworks.maths.float8 import E4M3, E5M2, Format
 from tests.maths.kernels import cases
+from tests.maths.kernels.test_expansion import as_the_plain_form, moments
 from tests.maths.kernels.test_quantise import every_rounding
 
 pytestmark = pytest.mark.gpu
@@ -71,3 +72,10 @@ def test_from_codes_to_codes(shape: tuple[int, int]) -> None:
     cases.norm8("cuda", shape, torch.float32)
     cases.norm8("cuda", shape, torch.bfloat16, E5M2)
     cases.gated8("cuda", shape)
+
+
+@pytest.mark.parametrize("form", [E4M3, E5M2], ids=lambda form: form.name)
+@pytest.mark.parametrize("name", moments())
+def test_moments(name: str, form: Format) -> None:
+    as_the_plain_form(moments()[name], form, expand=True, device="cuda")
+    as_the_plain_form(moments()[name], form, expand=False, device="cuda")

@@ -6,13 +6,14 @@
     cross_entropy   losses of rows of logits, and their gradient in place
     quantise        eight-bit codes by group and by tensor, transposed copies
     norm8, gated8   RMSNorm and SwiGLU that read and write eight-bit codes
+    expansion       codes of optimizer moments, stretched by group
     codes, grid     what kernels share: eight-bit numbers by their bits; rows and tiles
 
 A family is imported, and Triton with it, when it is first asked for: `from lmworks.maths import kernels` costs nothing.
 Kernels run compiled on CUDA tensors. Where TRITON_INTERPRET=1 was set before Triton was imported, they run on CPU
 tensors in Triton's interpreter, program by program: that is how they are tested without a GPU.
 
-Nothing here chooses: `work_on` tells whether the kernels can be had on a device, `model.ops` decides.
+`work_on` tells whether the kernels can be had on a device; `model.ops` and the modules of `maths` with an equal decide.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from lmworks.maths.kernels import cross_entropy, gated, gated8, norm, norm8, quantise, rotary
+    from lmworks.maths.kernels import cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary
 
-FAMILIES = ("cross_entropy", "gated", "gated8", "norm", "norm8", "quantise", "rotary")
+FAMILIES = ("cross_entropy", "expansion", "gated", "gated8", "norm", "norm8", "quantise", "rotary")
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """What the kernels that are not about eight bits take; they compute in float32."""
 MOST_COLUMNS = 16384
@@ -39,12 +41,14 @@ __all__ = [
     "DTYPES",
     "MOST_COLUMNS",
     "cross_entropy",
+    "expansion",
     "gated",
     "gated8",
     "norm",
     "norm8",
     "quantise",
     "rotary",
+    "take",
     "there",
     "work_on",
 ]
@@ -82,3 +86,8 @@ def work_on(device: torch.device) -> bool:
         text = f"Triton cannot build kernels for {device}, so the plain forms run: {error}"
         warnings.warn(text, stacklevel=2)
         return False
+
+
+def take(x: Tensor) -> bool:
+    """Whether to run kernels on x: in eager mode, on a device they work on. A compiler fuses plain forms itself."""
+    return not torch.compiler.is_compiling() and work_on(x.device)

@@ -78,15 +78,23 @@ def encode(x: tl.tensor, WIDE: tl.constexpr, NATIVE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def decode(code: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
-    """float32 values of E4M3 codes (uint8)."""
+def decode(code: tl.tensor, WIDE: tl.constexpr, NATIVE: tl.constexpr) -> tl.tensor:
+    """float32 values of codes (uint8): E5M2 if WIDE, else E4M3."""
     if NATIVE:
-        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        if WIDE:
+            return code.to(tl.float8e5, bitcast=True).to(tl.float32)
+        else:
+            return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
+        shift: tl.constexpr = 21 if WIDE else 20
+        far: tl.constexpr = 2.0**112 if WIDE else 2.0**120
+        top: tl.constexpr = 0x7D if WIDE else 0x7F  # the first that is no number
         word = code.to(tl.uint32)
-        # as float32's own bits the number is 2^-120 of itself, subnormal or not
-        size = ((word & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
-        size = tl.where((word & 0x7F) == 0x7F, float("nan"), size)
+        # as float32's own bits the number is 1 / far of itself, subnormal or not
+        size = ((word & 0x7F) << shift).to(tl.float32, bitcast=True) * far
+        if WIDE:
+            size = tl.where((word & 0x7F) == 0x7C, float("inf"), size)
+        size = tl.where((word & 0x7F) >= top, float("nan"), size)
         return tl.where(word >= 0x80, -size, size)
 
 
@@ -106,7 +114,7 @@ def load_by_group(
     at = group[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     codes = tl.load(codes_ptr + at, mask=inside[:, None], other=0)
     scale = tl.load(scale_ptr + group, mask=inside, other=0.0).to(tl.float32)
-    return decode(codes, NATIVE) * scale[:, None]
+    return decode(codes, False, NATIVE) * scale[:, None]
 
 
 @triton.jit

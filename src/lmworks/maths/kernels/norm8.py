@@ -87,7 +87,7 @@ def _load(
 ) -> tl.tensor:
     """The float32 values at these places."""
     codes = tl.load(codes_ptr + at, mask=inside, other=0)
-    return decode(codes, NATIVE) * tl.load(scale_ptr + at // 16, mask=inside, other=0.0).to(tl.float32)
+    return decode(codes, False, NATIVE) * tl.load(scale_ptr + at // 16, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
