@@ -26,6 +26,8 @@ FLOAT32 = {
 }
 OF_MOMENTS = {"x_ptr", "scale_ptr", "exponent_ptr", "centre_ptr", "out_ptr"}
 """Pointers of expansion's kernels, all to float32."""
+INSIDE = {"_load", "_power"}
+"""Functions of kernels."""
 REALS = {"eps", "floor", "most", "alike"}
 """Arguments that are no whole numbers."""
 """Pointers to float32; those with `codes` in their name point to bytes, the others to bfloat16."""
@@ -65,7 +67,7 @@ def kernels() -> list[tuple[str, Any]]:
         (f"{family.__name__.rpartition('.')[2]}.{name}", value)
         for family in FAMILIES
         for name, value in vars(family).items()
-        if isinstance(value, triton.JITFunction) and value.fn.__module__ == family.__name__ and name != "_load"
+        if isinstance(value, triton.JITFunction) and value.fn.__module__ == family.__name__ and name not in INSIDE
     ]
 
 
