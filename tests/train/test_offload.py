@@ -25,10 +25,10 @@ SQUARE = ROWS * WIDTH * 4
 
 @pytest.fixture(params=["host", "disk"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Host | Disk:
-    return Host() if request.param == "host" else Disk([tmp_path / "a", tmp_path / "b"], "saved")
+    return Host() if request.param == "host" else Disk([tmp_path / "a", tmp_path / "b"])
 
 
-@pytest.fixture(params=[True, False], ids=["ahead", "asked"])
+@pytest.fixture(params=["block", "chunk", "off"])
 def offload(request: pytest.FixtureRequest, backend: Host | Disk) -> Iterator[TensorCache]:
     cache = TensorCache(backend, Ledger(), least=0, threads=2, ahead=request.param)
     yield cache
@@ -78,18 +78,11 @@ def test_gradients_are_those_of_plain_training_to_the_bit(offload: TensorCache, 
     assert offload.ledger.total == 0
 
 
-def settled(offload: TensorCache) -> None:
-    """Wait until nothing is being written."""
-    for parcel in list(offload._parcels.values()):
-        if parcel.going is not None:
-            parcel.going.result()
-
-
 def test_a_tensor_that_is_saved_three_times_goes_out_once(offload: TensorCache) -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True) * 1.0
     with offload.block("0"):
         y = x * x + x.square()
-    settled(offload)
+    offload.settle()
     assert offload.facts.stored == SQUARE
     y.sum().backward()
     assert offload.live == 0
@@ -105,7 +98,7 @@ def test_parts_of_one_packed_tensor_come_back_each_as_it_was(offload: TensorCach
             with offload.block("0"):
                 out = (q * k).tanh() * v
             del q, k, v, whole
-            settled(offload)
+            offload.settle()
         else:
             out = (q * k).tanh() * v
         out.sum().backward()
@@ -118,7 +111,7 @@ def test_an_address_that_is_used_again_is_another_storage(offload: TensorCache) 
         with offload.block("0"):
             y = (x * 1.0).square()
         if i % 2:
-            settled(offload)
+            offload.settle()
         y.sum().backward()
         assert torch.equal(x.grad, torch.full((ROWS,), 2.0 * i))  # type: ignore[arg-type]
         offload.begin()
@@ -132,7 +125,7 @@ def test_an_edit_in_place_after_the_save_is_an_error(offload: TensorCache, late:
     with offload.block("7"):
         y = hidden.square()
     if late:
-        settled(offload)
+        offload.settle()
     hidden.data.add_(0)  # does not count as an edit
     with torch.no_grad():
         hidden.add_(1)
@@ -144,7 +137,7 @@ def test_backward_can_be_made_twice_where_the_graph_is_kept(offload: TensorCache
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     with offload.block("0"):
         y = (x * 1.0).square().sum()
-    settled(offload)
+    offload.settle()
     y.backward(retain_graph=True)
     first = x.grad.clone()  # type: ignore[union-attr]
     y.backward()
@@ -158,18 +151,18 @@ class Slow(Host):
         super().__init__()
         self.seconds, self.read = seconds, 0
 
-    def store(self, values: Tensor) -> Tensor:
+    def store(self, values: Tensor, ready: Any = None) -> Tensor:
         time.sleep(self.seconds)
-        return super().store(values)
+        return super().store(values, ready)
 
-    def load(self, slot: Tensor, out: Tensor) -> None:
+    def load(self, slot: Tensor, out: Tensor, ready: Any = None) -> None:
         self.read += 1
-        super().load(slot, out)
+        super().load(slot, out, ready)
 
 
 def test_what_is_still_being_written_is_taken_from_memory() -> None:
     backend = Slow(0.1)
-    offload = TensorCache(backend, Ledger(), least=0, threads=1, ahead=True)
+    offload = TensorCache(backend, Ledger(), least=0, threads=1, ahead="block")
     matrices = weights()
     expected = gradients(matrices, None)
     assert all(torch.equal(a, b) for a, b in zip(expected, gradients(matrices, offload), strict=True))
@@ -182,12 +175,12 @@ def test_what_is_still_being_written_is_taken_from_memory() -> None:
 class Full(Host):
     """A disk with no room."""
 
-    def store(self, values: Tensor) -> Tensor:
+    def store(self, values: Tensor, ready: Any = None) -> Tensor:
         raise OSError(28, "No space left on device")
 
 
 def test_what_cannot_be_written_stays_and_is_told_once() -> None:
-    offload = TensorCache(Full(), Ledger(), least=0, threads=2, ahead=True)
+    offload = TensorCache(Full(), Ledger(), least=0, threads=2, ahead="block")
     matrices = weights()
     expected = gradients(matrices, None)
     with pytest.warns(UserWarning, match="No space left"):
@@ -201,7 +194,7 @@ def test_what_cannot_be_written_stays_and_is_told_once() -> None:
 
 
 def test_an_error_in_the_forward_pass_leaves_no_file_and_no_thread(tmp_path: Path) -> None:
-    offload = TensorCache(Disk([tmp_path], "saved"), Ledger(), least=0, threads=2, ahead=True)
+    offload = TensorCache(Disk([tmp_path]), Ledger(), least=0, threads=2, ahead="block")
 
     def fails() -> None:
         x = torch.randn(ROWS, WIDTH, requires_grad=True)
@@ -219,8 +212,8 @@ def test_an_error_in_the_forward_pass_leaves_no_file_and_no_thread(tmp_path: Pat
 
 
 def test_a_file_is_no_larger_than_what_waits_at_one_time(tmp_path: Path) -> None:
-    disk = Disk([tmp_path], "saved")
-    offload = TensorCache(disk, Ledger(), least=0, threads=2, ahead=True)
+    disk = Disk([tmp_path])
+    offload = TensorCache(disk, Ledger(), least=0, threads=2, ahead="block")
     matrices = weights()
     sizes = []
     for _ in range(6):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +17,7 @@ from lmworks.core.home import home
 from lmworks.core.recipe import NonNegativeInt, PositiveInt
 from lmworks.train.backends import Disk, Host
 from lmworks.train.ledger import Ledger, counted_beside
-from lmworks.train.offload import TensorCache
+from lmworks.train.offload import Ahead, TensorCache, sent
 from lmworks.train.slots import Saved
 
 Forward = Callable[..., Any]
@@ -92,22 +90,19 @@ class Offload(Saved):
 
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the blocks' forward; the cache that holds what went out."""
-        cache = TensorCache(
-            self._backend(), books or Ledger(), least=self.least_bytes, threads=self.threads, ahead=self.ahead
-        )
+        books = books or Ledger()
+        ahead: Ahead = "block" if self.ahead else "off"
+        cache = TensorCache(self._backend(), books, least=self.least_bytes, threads=self.threads, ahead=ahead)
         for index, (name, block) in enumerate(blocks.items()):
             forward = recomputed(block.forward, name, books) if self.recompute else block.forward
-            if index < len(blocks) - self.last:
-                block.forward = _sent(forward, name, cache, first=index == 0)
-            else:
-                block.forward = counted(forward, name, books)
+            block.forward = sent(forward, name, cache, first=index == 0, out=index < len(blocks) - self.last)
         return [cache]
 
     def _backend(self) -> Disk | Host:
         if self.to == "host":
             return Host()
         folders = [Path(folder).expanduser() for folder in self.folders] or [home() / "offload"]
-        return Disk(folders, f"saved-{uuid.uuid4().hex}")
+        return Disk(folders)
 
 
 def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
@@ -134,18 +129,3 @@ def recomputed(forward: Forward, name: str, books: Ledger | None) -> Forward:
 def _contexts(name: str, books: Ledger) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What is entered around a block's first pass and around its second."""
     return nullcontext(), counted_beside(books, name)
-
-
-def _sent(forward: Forward, name: str, cache: TensorCache, *, first: bool) -> Forward:
-    """The same, with what it saves in the cache."""
-
-    @functools.wraps(forward)
-    def with_cache(*words: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*words, **named)
-        if first:
-            cache.begin()
-        with cache.block(name):
-            return forward(*words, **named)
-
-    return with_cache
