@@ -88,6 +88,9 @@ SLOTS: dict[str, Shelf] = {
             "keep": Part("train.saved:Keep", "keep every saved tensor"),
             "recompute": Part("train.saved:Recompute", "recompute each block in the backward pass"),
             "offload": Part("train.saved:Offload", "send saved tensors to files or host memory, and back in time"),
+            "ssdtrain": Part(
+                "methods.ssdtrain:SSDTrain", "as many blocks on a disk as it brings back in time (SSDTrain)"
+            ),
         },
         default="keep",
     ),

@@ -65,6 +65,8 @@ class Pass:
 
     def add(self, parcel: Parcel, *, most: int | None) -> None:
         """A parcel of the piece at work, of which no more than `most` are in one."""
+        if parcel in self.piece.parcels:
+            return
         if most is not None and len(self.piece.parcels) >= most:
             self.begin_piece()
         self.piece.parcels.append(parcel)
@@ -72,7 +74,7 @@ class Pass:
 
 
 class Piece:
-    """What comes back together: the storages that one block was the first to save, or a part of them."""
+    """What comes back together: the storages that a block saved, or a part of them."""
 
     def __init__(self, of: Pass, before: Piece | None) -> None:
         self.of, self.before = of, before

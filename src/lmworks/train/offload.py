@@ -63,6 +63,8 @@ class TensorCache:
         self.backend, self.ledger, self.least, self.ahead = backend, ledger, least, ahead
         self.most_waiting = most_waiting
         self.facts = Facts()
+        self.depth = 1
+        """Pieces that are asked for ahead of the one that the backward pass comes to."""
         self.waiting = 0
         """Bytes whose write is not over."""
         self._steer = steer
@@ -156,11 +158,13 @@ class TensorCache:
 
     def _parcel(self, x: Tensor, visit: Visit) -> Parcel | None:
         """The parcel of x's storage, with one more handle: a new one is sent off. None where too much waits already."""
+        most = CHUNK if self.ahead == "chunk" else None
         with self._lock:
             storage = self.ledger.find(x, visit.name)
             found = self._parcels.get(id(storage))
             if found is not None:
                 found.handles += 1
+                self._pass.add(found, most=most)
                 return found
             if self.waiting + storage.nbytes > self.most_waiting:
                 self.ledger.drop(storage)
@@ -172,7 +176,7 @@ class TensorCache:
             visit.nbytes += storage.nbytes
             self.waiting += storage.nbytes
             self.ledger.count(storage)
-            self._pass.add(found, most=CHUNK if self.ahead == "chunk" else None)
+            self._pass.add(found, most=most)
             found.going = self._pool(0).submit(self._store, found, moment(x.device))
         return found
 
@@ -232,9 +236,11 @@ class TensorCache:
         if piece.of.turned is None:
             piece.of.turned = self._now()
         if self.ahead != "off":
-            self._ask(piece)
-            if piece.before is not None:
-                self._ask(piece.before)
+            wanted: Piece | None = piece
+            for _ in range(1 + self.depth):
+                if wanted is not None:
+                    self._ask(wanted)
+                    wanted = wanted.before
 
     def take(self, parcel: Parcel, piece: Piece) -> Any:
         """The storage of a parcel, in memory."""

@@ -46,9 +46,7 @@ class Scratch:
 
     def __init__(self, folder: Path, *, direct: bool = True) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            clean(folder)
-            self._path: Path | None = folder / f"saved-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+            self._path: Path | None = fresh(folder)
             self._file, self.direct = _opened(self._path, direct=direct)
         except OSError as error:
             raise UsageError(
@@ -113,6 +111,13 @@ def _takes_pages(file: int) -> bool:
     except OSError as error:
         return error.errno != errno.EINVAL
     return True
+
+
+def fresh(folder: Path) -> Path:
+    """A name that no file in the folder has; leftovers of dead processes are taken away first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    return folder / f"saved-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def clean(folder: Path) -> None:
