@@ -1,6 +1,7 @@
 """The books of saved bytes, and saved tensors that leave memory."""
 
 import gc
+import os
 import threading
 import time
 import warnings
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from lmworks.train.backends import Disk, Host
+from lmworks.core.errors import LmworksError
+from lmworks.parallel.schedule import order
+from lmworks.train.backends import Disk, Host, Slot
 from lmworks.train.ledger import Ledger, counted_beside
-from lmworks.train.offload import TensorCache
+from lmworks.train.offload import TensorCache, hints
 
 WIDTH, ROWS, BLOCKS = 64, 128, 5
 SQUARE = ROWS * WIDTH * 4
@@ -46,13 +50,18 @@ def one(x: Tensor, w: Tensor) -> Tensor:
 
 
 def gradients(
-    matrices: list[nn.Parameter], offload: TensorCache | None, *, micros: int = 1, again: bool = False
+    matrices: list[nn.Parameter],
+    offload: TensorCache | None,
+    *,
+    micros: int = 1,
+    again: bool = False,
+    device: str = "cpu",
 ) -> Any:
     """All weights' gradients after some micro-batches."""
     for w in matrices:
         w.grad = None
     for micro in range(micros):
-        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(micro))
+        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(micro), device="cpu").to(device)
         if offload is not None:
             offload.begin()
         for i, w in enumerate(matrices):
@@ -170,6 +179,133 @@ def test_what_is_still_being_written_is_taken_from_memory() -> None:
     assert offload.facts.forwarded > 0
     offload.close()
     assert offload.live == 0
+
+
+def test_a_disk_that_falls_behind_gets_no_more_than_may_wait() -> None:
+    offload = TensorCache(Slow(0.05), Ledger(), least=0, threads=1, ahead="block", most_waiting=2 * SQUARE)
+    matrices = weights()
+    expected = gradients(matrices, None)
+    with pytest.warns(UserWarning, match=f"{SQUARE} bytes of block . stay in memory: .* wait for their write already"):
+        found = gradients(matrices, offload)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert offload.facts.kept >= SQUARE
+    assert offload.facts.kept + offload.facts.forwarded + offload.facts.stored >= BLOCKS * 3 * SQUARE
+    offload.close()
+    assert (offload.live, offload.waiting) == (0, 0)
+
+
+def test_a_write_that_is_called_off_holds_no_memory() -> None:
+    """The queue of a slow disk may be long: it must not keep tensors alive that nobody needs any more."""
+    offload = TensorCache(Slow(0.2), Ledger(), least=0, threads=1, ahead="block")
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    with offload.block("0"):
+        y = x * 1.0
+        kept = [StorageWeakRef(z.untyped_storage()) for z in (y.sin(), y.cos())]
+        z = y.sin().square() * y.cos().square()
+    z.sum().backward()
+    del y, z
+    assert sum(not ref.expired() for ref in kept) == 0
+    behind = [parcel for parcel in offload._parcels.values() if parcel.here is not None]
+    assert not behind
+    offload.close()
+
+
+class Torn(Disk):
+    """Loses what was written."""
+
+    def load(self, slot: Slot, out: Tensor, ready: Any = None) -> None:
+        os.ftruncate(self._files[slot.file]._file, 0)
+        super().load(slot, out, ready)
+
+
+def test_what_cannot_be_read_back_is_an_error_for_people(tmp_path: Path) -> None:
+    offload = TensorCache(Torn([tmp_path]), Ledger(), least=0, threads=1, ahead="off")
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    with offload.block("3"):
+        y = (x * 1.0).square()
+    offload.settle()
+    with pytest.raises(LmworksError, match=r"block 3 cannot be read back: .*missing from its file"):
+        y.sum().backward()
+    offload.close()
+
+
+def test_threads_start_with_the_first_tensor_that_goes_out(backend: Host | Disk) -> None:
+    offload = TensorCache(backend, Ledger(), least=1 << 20, threads=2, ahead="block")
+    gradients(weights(), offload)
+    assert offload._pools is None, "a process that is forked now inherits no thread"
+    offload.least = 0
+    gradients(weights(), offload)
+    assert [t for t in threading.enumerate() if t.name.startswith("offload")]
+    offload.close()
+
+
+def passes(offload: TensorCache, micro_batch: int, *, turns: bool) -> tuple[Tensor, list[nn.Parameter]]:
+    """A forward pass of three blocks, of which the last stays where its backward pass follows at once; all is out."""
+    matrices = weights()
+    x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(micro_batch))
+    offload.expect(micro_batch, turns=turns)
+    offload.begin()
+    for i in range(3):
+        with offload.block(str(i), out=i < 2 or not offload.turns):
+            x = one(x, matrices[i])
+    offload.settle()
+    return x.square().mean(), matrices
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_stage_that_is_told_what_comes_next_has_the_last_block_at_hand(turns: bool, backend: Host | Disk) -> None:
+    offload = TensorCache(backend, Ledger(), least=0, threads=1, ahead="block")
+    loss, _ = passes(offload, 4, turns=turns)
+    last = [parcel for parcel in offload._parcels.values() if parcel.scope == "2"]
+    assert bool(last) is not turns
+    offload.fetch(4)
+    offload.fetch(7)  # nobody has seen it: nothing to do
+    for parcel in last:
+        assert parcel.coming is not None
+        parcel.coming.result()
+    loss.backward()
+    assert offload.facts.misses == 0
+    offload.close()
+
+
+def test_without_a_word_the_last_block_is_waited_for(backend: Host | Disk) -> None:
+    offload = TensorCache(backend, Ledger(), least=0, threads=1, ahead="block")
+    loss, _ = passes(offload, 0, turns=False)
+    loss.backward()
+    assert offload.facts.misses > 0
+    offload.close()
+
+
+def test_a_pipeline_says_what_comes_next() -> None:
+    heard: list[tuple[int, str, int, bool | None]] = []
+
+    class Ear:
+        def __init__(self, stage: int) -> None:
+            self.stage = stage
+
+        def expect(self, micro_batch: int, *, turns: bool) -> None:
+            heard.append((self.stage, "expect", micro_batch, turns))
+
+        def fetch(self, micro_batch: int) -> None:
+            heard.append((self.stage, "fetch", micro_batch, None))
+
+    def told(schedule: str, rank: int) -> list[tuple[int, str, int, bool | None]]:
+        heard.clear()
+        found = order(schedule, ranks=2, micro_batches=4)
+        tell = hints({stage: [Ear(stage)] for stage in found.held[rank]})  # type: ignore[list-item]  # who only listens
+        actions = found.ranks[rank]
+        for now, then in zip(actions, [*actions[1:], None], strict=True):
+            tell(now, then)
+        return list(heard)
+
+    last = [(1, "expect", m, True) for m in range(4)]
+    assert told("1f1b", 1) == last, "forward and its own backward in turn"
+    first = told("1f1b", 0)
+    assert [word for word in first if word[1] == "fetch"] == [(0, "fetch", m, None) for m in range(4)]
+    assert not any(turns for _, _, _, turns in first)
+    both = told("interleaved-1f1b", 1)
+    assert {(stage, word) for stage, word, _, _ in both} >= {(1, "expect"), (3, "expect"), (1, "fetch")}
+    assert all(turns for stage, word, m, turns in both if (stage, word) == (3, "expect") and m > 0)
 
 
 class Full(Host):
