@@ -24,7 +24,7 @@ from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
 from lmworks.train.ledger import Ledger
-from lmworks.train.memory import keep_freed_memory
+from lmworks.train.memory import keep_freed_memory, return_freed_memory
 from lmworks.train.offload import TensorCache, hints
 from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast
@@ -93,7 +93,7 @@ def build(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if device.type == "cpu":
-        keep_freed_memory()
+        (return_freed_memory if recipe.saved.leaves else keep_freed_memory)()
     torch.manual_seed(seed_for(recipe.seed, "torch"))  # for whatever draws without a generator of its own
     if isinstance(recipe.model, Pretrained):
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised

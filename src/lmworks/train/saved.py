@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +60,8 @@ class Offload(Saved):
     On a CPU, host memory is the memory that the run computes in: `to = "host"` only shows there that nothing changes.
     """
 
+    leaves: ClassVar[bool] = True
+    """While a step runs."""
     to: Literal["disk", "host"] = "disk"
     """Files, or pinned host memory."""
     folders: tuple[str, ...] = ()

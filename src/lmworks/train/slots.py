@@ -169,6 +169,9 @@ class Gradient(ABC):
 class Saved(ABC):
     """What blocks keep for their backward pass. Set on the model once, before anything is compiled or sharded."""
 
+    leaves: ClassVar[bool] = False
+    """Whether saved tensors leave memory while a step runs: on a CPU what is freed must then go back to the system."""
+
     @abstractmethod
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Arrange some blocks, by their number in the whole model and in the order of the forward pass.

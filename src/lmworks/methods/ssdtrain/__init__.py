@@ -81,7 +81,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import nn
 
@@ -103,6 +103,8 @@ from lmworks.train.slots import Saved
 class SSDTrain(Saved):
     """Saved tensors wait on a disk, as many as it brings back in time (Wu et al., 2024)."""
 
+    leaves: ClassVar[bool] = True
+    """While a step runs."""
     to: Literal["disk", "host", "gpudirect"] = "disk"
     """Files; pinned host memory; or files that the GPU reads and writes itself, which needs kvikio."""
     folders: tuple[str, ...] = ()
