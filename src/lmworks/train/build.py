@@ -110,7 +110,7 @@ def build(
 
     placement = place(config, wire, device, dtype=dtype, sequence=recipe.data.sequence_length, arrange=arrange)
     placement.fill(_first_values(recipe, config))
-    if placement.pipeline is not None:
+    if placement.pipeline is not None and any(caches):
         placement.pipeline.on_stage = hints(dict(zip(placement.pipeline.stages, caches, strict=True)))
     model = placement.model
     micro_rows = recipe.micro_batch_size or recipe.batch_size // placement.share[1]

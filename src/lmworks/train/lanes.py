@@ -9,6 +9,7 @@ memory goes back to torch's allocator after its last use: no `record_stream` is 
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,11 @@ class Lane(threading.local):
                 stream.wait_event(ready)
             out.copy_(source, non_blocking=True)
             stream.synchronize()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """In a thread: what is made without a device is made for this one. Else pinned memory would belong to GPU 0."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def moment(device: torch.device) -> Any:

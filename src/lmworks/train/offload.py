@@ -31,7 +31,7 @@ from lmworks.core.errors import LmworksError
 from lmworks.parallel.pipeline import Clock
 from lmworks.parallel.schedule import Action, Kind
 from lmworks.train.handles import Handle, Stays, counter, edited, unpack
-from lmworks.train.lanes import moment
+from lmworks.train.lanes import moment, on
 from lmworks.train.ledger import Ledger, is_parameter
 from lmworks.train.moved import Backend, Busy, Facts, Parcel, Pass, Piece, Visit
 
@@ -194,7 +194,7 @@ class TensorCache:
         slot, failure = None, None
         if here is not None:
             try:
-                with self._storing:
+                with self._storing, on(parcel.device):
                     slot = self.backend.store(_bytes(here, parcel.device), ready)
             except (OSError, RuntimeError, MemoryError) as error:  # torch's own errors are RuntimeErrors
                 failure = error
@@ -295,7 +295,7 @@ class TensorCache:
         if slot is None:  # it is dead
             return
         try:
-            with self._loading:
+            with self._loading, on(parcel.device):
                 self.backend.load(slot, room, ready)
         except OSError as error:
             text = f"saved tensors of block {parcel.scope} cannot be read back: {error}"
