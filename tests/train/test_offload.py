@@ -1,6 +1,7 @@
 """The books of saved bytes, and saved tensors that leave memory."""
 
 import gc
+import os
 import threading
 import time
 import warnings
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from lmworks.train.backends import Disk, Host
+from lmworks.core.errors import LmworksError
+from lmworks.train.backends import Disk, Host, Slot
 from lmworks.train.ledger import Ledger, counted_beside
 from lmworks.train.offload import TensorCache
 
@@ -25,10 +28,10 @@ SQUARE = ROWS * WIDTH * 4
 
 @pytest.fixture(params=["host", "disk"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Host | Disk:
-    return Host() if request.param == "host" else Disk([tmp_path / "a", tmp_path / "b"], "saved")
+    return Host() if request.param == "host" else Disk([tmp_path / "a", tmp_path / "b"])
 
 
-@pytest.fixture(params=[True, False], ids=["ahead", "asked"])
+@pytest.fixture(params=["block", "chunk", "off"])
 def offload(request: pytest.FixtureRequest, backend: Host | Disk) -> Iterator[TensorCache]:
     cache = TensorCache(backend, Ledger(), least=0, threads=2, ahead=request.param)
     yield cache
@@ -46,13 +49,18 @@ def one(x: Tensor, w: Tensor) -> Tensor:
 
 
 def gradients(
-    matrices: list[nn.Parameter], offload: TensorCache | None, *, micros: int = 1, again: bool = False
+    matrices: list[nn.Parameter],
+    offload: TensorCache | None,
+    *,
+    micros: int = 1,
+    again: bool = False,
+    device: str = "cpu",
 ) -> Any:
     """All weights' gradients after some micro-batches."""
     for w in matrices:
         w.grad = None
     for micro in range(micros):
-        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(micro))
+        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(micro), device="cpu").to(device)
         if offload is not None:
             offload.begin()
         for i, w in enumerate(matrices):
@@ -78,18 +86,11 @@ def test_gradients_are_those_of_plain_training_to_the_bit(offload: TensorCache, 
     assert offload.ledger.total == 0
 
 
-def settled(offload: TensorCache) -> None:
-    """Wait until nothing is being written."""
-    for parcel in list(offload._parcels.values()):
-        if parcel.going is not None:
-            parcel.going.result()
-
-
 def test_a_tensor_that_is_saved_three_times_goes_out_once(offload: TensorCache) -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True) * 1.0
     with offload.block("0"):
         y = x * x + x.square()
-    settled(offload)
+    offload.settle()
     assert offload.facts.stored == SQUARE
     y.sum().backward()
     assert offload.live == 0
@@ -105,7 +106,7 @@ def test_parts_of_one_packed_tensor_come_back_each_as_it_was(offload: TensorCach
             with offload.block("0"):
                 out = (q * k).tanh() * v
             del q, k, v, whole
-            settled(offload)
+            offload.settle()
         else:
             out = (q * k).tanh() * v
         out.sum().backward()
@@ -118,7 +119,7 @@ def test_an_address_that_is_used_again_is_another_storage(offload: TensorCache) 
         with offload.block("0"):
             y = (x * 1.0).square()
         if i % 2:
-            settled(offload)
+            offload.settle()
         y.sum().backward()
         assert torch.equal(x.grad, torch.full((ROWS,), 2.0 * i))  # type: ignore[arg-type]
         offload.begin()
@@ -132,7 +133,7 @@ def test_an_edit_in_place_after_the_save_is_an_error(offload: TensorCache, late:
     with offload.block("7"):
         y = hidden.square()
     if late:
-        settled(offload)
+        offload.settle()
     hidden.data.add_(0)  # does not count as an edit
     with torch.no_grad():
         hidden.add_(1)
@@ -144,11 +145,23 @@ def test_backward_can_be_made_twice_where_the_graph_is_kept(offload: TensorCache
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     with offload.block("0"):
         y = (x * 1.0).square().sum()
-    settled(offload)
+    offload.settle()
     y.backward(retain_graph=True)
     first = x.grad.clone()  # type: ignore[union-attr]
     y.backward()
     assert torch.equal(x.grad, 2 * first)  # type: ignore[arg-type]
+
+
+def test_gradients_of_gradients_find_their_tensors(offload: TensorCache) -> None:
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    found = []
+    for inside in (False, True):
+        with offload.block("0") if inside else nullcontext():
+            y = (x * 2.0).tanh().square()
+        offload.settle()
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    assert torch.equal(*found)
 
 
 class Slow(Host):
@@ -158,18 +171,18 @@ class Slow(Host):
         super().__init__()
         self.seconds, self.read = seconds, 0
 
-    def store(self, values: Tensor) -> Tensor:
+    def store(self, values: Tensor, ready: Any = None) -> Tensor:
         time.sleep(self.seconds)
-        return super().store(values)
+        return super().store(values, ready)
 
-    def load(self, slot: Tensor, out: Tensor) -> None:
+    def load(self, slot: Tensor, out: Tensor, ready: Any = None) -> None:
         self.read += 1
-        super().load(slot, out)
+        super().load(slot, out, ready)
 
 
 def test_what_is_still_being_written_is_taken_from_memory() -> None:
     backend = Slow(0.1)
-    offload = TensorCache(backend, Ledger(), least=0, threads=1, ahead=True)
+    offload = TensorCache(backend, Ledger(), least=0, threads=1, ahead="block")
     matrices = weights()
     expected = gradients(matrices, None)
     assert all(torch.equal(a, b) for a, b in zip(expected, gradients(matrices, offload), strict=True))
@@ -179,15 +192,73 @@ def test_what_is_still_being_written_is_taken_from_memory() -> None:
     assert offload.live == 0
 
 
+def test_a_disk_that_falls_behind_gets_no_more_than_may_wait() -> None:
+    offload = TensorCache(Slow(0.05), Ledger(), least=0, threads=1, ahead="block", most_waiting=2 * SQUARE)
+    matrices = weights()
+    expected = gradients(matrices, None)
+    with pytest.warns(UserWarning, match=f"{SQUARE} bytes of block . stay in memory: .* wait for their write already"):
+        found = gradients(matrices, offload)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert offload.facts.kept >= SQUARE
+    assert offload.facts.kept + offload.facts.forwarded + offload.facts.stored >= BLOCKS * 3 * SQUARE
+    offload.close()
+    assert (offload.live, offload.waiting) == (0, 0)
+
+
+def test_a_write_that_is_called_off_holds_no_memory() -> None:
+    """The queue of a slow disk may be long: it must not keep tensors alive that nobody needs any more."""
+    offload = TensorCache(Slow(0.2), Ledger(), least=0, threads=1, ahead="block")
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    with offload.block("0"):
+        y = x * 1.0
+        kept = [StorageWeakRef(z.untyped_storage()) for z in (y.sin(), y.cos())]
+        z = y.sin().square() * y.cos().square()
+    z.sum().backward()
+    del y, z
+    assert sum(not ref.expired() for ref in kept) == 0
+    behind = [parcel for parcel in offload._parcels.values() if parcel.here is not None]
+    assert not behind
+    offload.close()
+
+
+class Torn(Disk):
+    """Loses what was written."""
+
+    def load(self, slot: Slot, out: Tensor, ready: Any = None) -> None:
+        os.ftruncate(self._files[slot.file]._file, 0)
+        super().load(slot, out, ready)
+
+
+def test_what_cannot_be_read_back_is_an_error_for_people(tmp_path: Path) -> None:
+    offload = TensorCache(Torn([tmp_path]), Ledger(), least=0, threads=1, ahead="off")
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    with offload.block("3"):
+        y = (x * 1.0).square()
+    offload.settle()
+    with pytest.raises(LmworksError, match=r"block 3 cannot be read back: .*missing from its file"):
+        y.sum().backward()
+    offload.close()
+
+
+def test_threads_start_with_the_first_tensor_that_goes_out(backend: Host | Disk) -> None:
+    offload = TensorCache(backend, Ledger(), least=1 << 20, threads=2, ahead="block")
+    gradients(weights(), offload)
+    assert offload._pools is None, "a process that is forked now inherits no thread"
+    offload.least = 0
+    gradients(weights(), offload)
+    assert [t for t in threading.enumerate() if t.name.startswith("offload")]
+    offload.close()
+
+
 class Full(Host):
     """A disk with no room."""
 
-    def store(self, values: Tensor) -> Tensor:
+    def store(self, values: Tensor, ready: Any = None) -> Tensor:
         raise OSError(28, "No space left on device")
 
 
 def test_what_cannot_be_written_stays_and_is_told_once() -> None:
-    offload = TensorCache(Full(), Ledger(), least=0, threads=2, ahead=True)
+    offload = TensorCache(Full(), Ledger(), least=0, threads=2, ahead="block")
     matrices = weights()
     expected = gradients(matrices, None)
     with pytest.warns(UserWarning, match="No space left"):
@@ -201,7 +272,7 @@ def test_what_cannot_be_written_stays_and_is_told_once() -> None:
 
 
 def test_an_error_in_the_forward_pass_leaves_no_file_and_no_thread(tmp_path: Path) -> None:
-    offload = TensorCache(Disk([tmp_path], "saved"), Ledger(), least=0, threads=2, ahead=True)
+    offload = TensorCache(Disk([tmp_path]), Ledger(), least=0, threads=2, ahead="block")
 
     def fails() -> None:
         x = torch.randn(ROWS, WIDTH, requires_grad=True)
@@ -219,8 +290,8 @@ def test_an_error_in_the_forward_pass_leaves_no_file_and_no_thread(tmp_path: Pat
 
 
 def test_a_file_is_no_larger_than_what_waits_at_one_time(tmp_path: Path) -> None:
-    disk = Disk([tmp_path], "saved")
-    offload = TensorCache(disk, Ledger(), least=0, threads=2, ahead=True)
+    disk = Disk([tmp_path])
+    offload = TensorCache(disk, Ledger(), least=0, threads=2, ahead="block")
     matrices = weights()
     sizes = []
     for _ in range(6):

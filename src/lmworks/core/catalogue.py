@@ -89,6 +89,9 @@ SLOTS: dict[str, Shelf] = {
             "recompute": Part("train.saved:Recompute", "recompute each block in the backward pass"),
             "offload": Part("train.saved:Offload", "send saved tensors to files or host memory, and back in time"),
             "coat": Part("methods.coat.blocks:CoatActivations", "products on eight-bit floats, and nothing wider kept"),
+            "ssdtrain": Part(
+                "methods.ssdtrain:SSDTrain", "as many blocks on a disk as it brings back in time (SSDTrain)"
+            ),
         },
         default="keep",
     ),

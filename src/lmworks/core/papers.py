@@ -281,6 +281,7 @@ METHODS: dict[str, Method] = {
         2024,
         "saved activations wait on disk for the backward pass",
         ("saved",),
+        "methods.ssdtrain",
     ),
     "techgpt2": Method(
         "TechGPT-2.0: A large language model project to solve the task of knowledge graph construction",

@@ -20,7 +20,7 @@ from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.sizes import Shape, mean_keys
 from lmworks.parallel.layout import V_SHAPED, Layout
-from lmworks.parallel.schedule import TORCH
+from lmworks.parallel.schedule import TORCH, Action, Kind, order
 from lmworks.parallel.wire import Wire
 
 
@@ -109,22 +109,25 @@ class Stage(PipelineStage):
     """torch's stage, with what it sends put on the bill, and the time that it computes on the clock."""
 
     wire: Wire
-    timed: Callable[[], AbstractContextManager[None]]
+    timed: Callable[[Action], AbstractContextManager[None]]
 
-    def forward_one_chunk(self, *words: Any, **named: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *words: Any, **named: Any) -> Any:
         """A micro-batch forward."""
-        with self.timed():
-            return super().forward_one_chunk(*words, **named)
+        with self.timed(Action(Kind.FORWARD, self.stage_index, fwd_chunk_id)):
+            return super().forward_one_chunk(fwd_chunk_id, *words, **named)
 
-    def backward_one_chunk(self, *words: Any, **named: Any) -> Any:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> Any:
         """A micro-batch backward, or the gradient of its input alone."""
-        with self.timed():
-            return super().backward_one_chunk(*words, **named)
+        kind = Kind.BACKWARD if full_backward else Kind.BACKWARD_INPUT
+        with self.timed(Action(kind, self.stage_index, bwd_chunk_id)):
+            return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
-    def backward_weight_one_chunk(self, *words: Any, **named: Any) -> Any:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *words: Any, **named: Any) -> Any:
         """The gradient of the weights for a micro-batch, where it was left for later."""
-        with self.timed():
-            return super().backward_weight_one_chunk(*words, **named)
+        with self.timed(Action(Kind.BACKWARD_WEIGHT, self.stage_index, bwd_chunk_id)):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *words, **named)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
         """What torch sends to the next stage."""
@@ -155,9 +158,15 @@ class Pipeline:
         self._clock = Clock(device)
         self._computed: list[tuple[Any, Any]] = []
         self._whole: tuple[Any, Any] | None = None
+        self._next: dict[Action, Action | None] = {}
+        self._orders: dict[int, dict[Action, Action | None]] = {}
+        self.on_stage: Callable[[Action, Action | None], None] | None = None
+        """Told before each piece of work what it is, and what this rank does after it."""
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, action: Action | None = None) -> Iterator[None]:
+        if self.on_stage is not None and action is not None:
+            self.on_stage(action, self._next.get(action))
         start = self._clock.mark()
         yield
         self._computed.append((start, self._clock.mark()))
@@ -179,6 +188,8 @@ class Pipeline:
         self._micros, self._loss_of = micros, loss_of
         rows, length = micros[0].tokens_BT.shape
         schedule = self._schedule(len(micros), rows, length)
+        if self.on_stage is not None:
+            self._next = self._following(len(micros))
         tokens_BT, positions_BT, documents_BT = (
             torch.cat([getattr(micro, name) for micro in micros])
             for name in ("tokens_BT", "positions_BT", "documents_BT")
@@ -214,6 +225,15 @@ class Pipeline:
                 stages[0] if single else stages, micro_batches, loss_fn=self._loss, scale_grads=False
             )
         return self._schedules[key]
+
+    def _following(self, micro_batches: int) -> dict[Action, Action | None]:
+        """What this rank does after each piece of its work."""
+        layout = self.wire.layout
+        if micro_batches not in self._orders:
+            found = order(layout.schedule, ranks=layout.pp, micro_batches=micro_batches, stages_per_rank=layout.held)
+            mine = found.ranks[self.wire.place("pp")]
+            self._orders[micro_batches] = dict(zip(mine, [*mine[1:], None], strict=True))
+        return self._orders[micro_batches]
 
     def _stage(self, which: int, rows: int, length: int) -> Stage:
         chunk, index = self.chunks[which], self.stages[which]

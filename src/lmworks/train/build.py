@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
 from lmworks.train.ledger import Ledger
-from lmworks.train.memory import keep_freed_memory
-from lmworks.train.offload import TensorCache
+from lmworks.train.memory import keep_freed_memory, return_freed_memory
+from lmworks.train.offload import TensorCache, hints
 from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast
 from lmworks.train.recipe import Train
@@ -93,23 +93,25 @@ def build(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if device.type == "cpu":
-        keep_freed_memory()
+        (return_freed_memory if recipe.saved.leaves else keep_freed_memory)()
     torch.manual_seed(seed_for(recipe.seed, "torch"))  # for whatever draws without a generator of its own
     if isinstance(recipe.model, Pretrained):
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
     prepared = _prepare(recipe, wire, resume, progress)
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
     books = Ledger()
-    caches: list[TensorCache] = []
+    caches: list[Sequence[TensorCache]] = []
 
     def arrange(chunk: Backbone) -> None:
         """What blocks keep for the backward pass, and their compiled form."""
-        caches.extend(recipe.saved.apply(chunk, None if recipe.compile else books))
+        caches.append(recipe.saved.apply(chunk, None if recipe.compile else books))
         if recipe.compile:
             chunk.compile_blocks()
 
     placement = place(config, wire, device, dtype=dtype, sequence=recipe.data.sequence_length, arrange=arrange)
     placement.fill(_first_values(recipe, config))
+    if placement.pipeline is not None and any(caches):
+        placement.pipeline.on_stage = hints(dict(zip(placement.pipeline.stages, caches, strict=True)))
     model = placement.model
     micro_rows = recipe.micro_batch_size or recipe.batch_size // placement.share[1]
     probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"), micro_rows=micro_rows)
@@ -124,7 +126,7 @@ def build(
         rows=recipe.batch_size,
         micro_rows=micro_rows,
         books=books,
-        caches=caches,
+        caches=[cache for found in caches for cache in found],
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
     return Built(recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype)

@@ -41,14 +41,16 @@ class Storage:
     nbytes: int
     scope: str
     handles: int = 0
-    counted: bool = False
+    claims: int = 0
+    """Who holds it in memory; its bytes are counted while anybody does."""
 
 
 class Ledger:
     """The books of one rank. Safe to call from the threads of a backward pass."""
 
     def __init__(self, *, on: bool = True) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held by whoever changes them, for a moment only."""
         self._storages: dict[int, Storage] = {}
         self.live: Counter[str] = Counter()
         """Bytes now, by scope."""
@@ -63,13 +65,13 @@ class Ledger:
 
     def begin(self) -> None:
         """A new step: the peak starts at what is live."""
-        with self._lock:
+        with self.lock:
             self.peak, self.at_peak = self.total, dict(self.live)
 
     def find(self, x: Tensor, scope: str) -> Storage:
         """The record of x's storage, with one more handle on it."""
         untyped = x.untyped_storage()
-        with self._lock:
+        with self.lock:
             found = self._storages.get(untyped._cdata)
             if found is None:
                 weak = StorageWeakRef(untyped)  # type: ignore[no-untyped-call]
@@ -78,31 +80,28 @@ class Ledger:
             found.handles += 1
             return found
 
-    def drop(self, storage: Storage) -> bool:
-        """One handle less; whether it was the last."""
-        with self._lock:
+    def drop(self, storage: Storage) -> None:
+        """One handle less."""
+        with self.lock:
             storage.handles -= 1
-            if storage.handles:
-                return False
-            self._storages.pop(storage.weak.cdata, None)
-            self.uncount(storage)
-            return True
+            if not storage.handles:
+                self._storages.pop(storage.weak.cdata, None)
 
     def count(self, storage: Storage) -> None:
-        """Its bytes are held for the backward pass from now on."""
-        with self._lock:
-            if not storage.counted:
-                storage.counted = True
+        """Somebody more holds its bytes for the backward pass."""
+        with self.lock:
+            storage.claims += 1
+            if storage.claims == 1:
                 self.live[storage.scope] += storage.nbytes
                 self.total += storage.nbytes
                 if self.total > self.peak:
                     self.peak, self.at_peak = self.total, {name: size for name, size in self.live.items() if size}
 
     def uncount(self, storage: Storage) -> None:
-        """Its bytes are not held any more."""
-        with self._lock:
-            if storage.counted:
-                storage.counted = False
+        """Somebody less does."""
+        with self.lock:
+            storage.claims -= 1
+            if not storage.claims:
                 self.live[storage.scope] -= storage.nbytes
                 self.total -= storage.nbytes
 
@@ -143,7 +142,18 @@ class Kept:
         self._storage = ledger.find(x, scope)
         ledger.count(self._storage)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other handle is on its storage."""
+        return self._storage.handles == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its storage."""
+        return self._storage.nbytes
+
     def __del__(self) -> None:
+        self._ledger.uncount(self._storage)
         self._ledger.drop(self._storage)
 
 
@@ -189,6 +199,7 @@ class Lease:
         ledger.count(self._storage)
 
     def __del__(self) -> None:
+        self._ledger.uncount(self._storage)
         self._ledger.drop(self._storage)
 
 

@@ -73,7 +73,9 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
 
 
 MEASURE_EVERY = 100
-"""Steps between two counts of the bytes that wait for the backward pass; the second step is counted as well."""
+"""Steps between two counts of the bytes that wait for the backward pass."""
+MEASURE_EARLY = (1, 3)
+"""The second step is counted as well, and the fourth: what a policy learns of the second is then in use."""
 DONE = Path("done")
 """Stands for a run that has reached its end."""
 
@@ -203,11 +205,14 @@ class Loop:
         self.events.step = progress.step + 1
         lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
         books = self.built.step.books
-        books.on = progress.step == 1 or progress.step % MEASURE_EVERY == 0
+        books.on = progress.step in MEASURE_EARLY or progress.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), time.time()
         result = self.built.step()
         seconds = time.perf_counter() - start
         self.events.write("step", start=begun, end=begun + seconds)
+        for note in result.notes:
+            self.events.write("note", text=note)
+            self.report.note(note)
         progress.step += 1
         progress.tokens += result.targets
         progress.seconds += seconds

@@ -1,251 +1,341 @@
 """Saved tensors that leave memory after their forward pass and come back just before their backward pass.
 
-    pack      a tensor is handed over; a thread writes its storage out; only a weak reference stays
-    unpack    its storage is read back, unless it still lives: then that is taken, and a write that has not begun is
+    pack      a tensor is handed over; a thread writes its storage out, and drops it
+    unpack    its storage is read back, unless it is still here: then that is taken, and a write that has not begun is
               called off
-    prefetch  the first unpack of a block asks for the whole block before it, in the order of the forward pass
+    prefetch  the first unpack of a piece (a block, or a part of one) asks for it and for the piece before it
     release   autograd drops the handle; with the last one the slot is free again
 
-A storage goes out once, however many operations saved it; views are rebuilt from their shape, stride and offset. If a
-store cannot be written, its tensor stays in memory, with one warning. An edit in place after the save is an error.
+A storage goes out once, however many operations saved it; views are rebuilt from their shape, stride and offset. What
+cannot be written, or would wait too long for its turn, stays in memory, with one warning. An edit in place after the
+save is an error.
+
+All books are kept under one lock, the ledger's: a handle may die at any moment, also while its thread holds a lock.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lmworks.train.ledger import Ledger, Storage, is_parameter
+from lmworks.core.errors import LmworksError
+from lmworks.parallel.pipeline import Clock
+from lmworks.parallel.schedule import Action, Kind
+from lmworks.train.handles import Handle, Stays, counter, edited, unpack
+from lmworks.train.lanes import moment, on
+from lmworks.train.ledger import Ledger, is_parameter
+from lmworks.train.moved import Backend, Busy, Facts, Parcel, Pass, Piece, Visit
 
-
-class Backend(Protocol):
-    """Where bytes go. Called from threads."""
-
-    def store(self, values: Tensor) -> Any:
-        """Write a flat uint8 tensor out; returns its slot. Raises OSError when it cannot."""
-        ...
-
-    def load(self, slot: Any, out: Tensor) -> None:
-        """Read a slot into a flat uint8 tensor."""
-        ...
-
-    def free(self, slot: Any) -> None:
-        """The slot may be used again."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
-
-
-@dataclass(kw_only=True)
-class Facts:
-    """What one step moved."""
-
-    stored: int = 0
-    loaded: int = 0
-    forwarded: int = 0
-    """Bytes that were taken from memory because their write was not over."""
-    misses: int = 0
-    """Storages that the backward pass had to wait for, unasked before."""
-    kept: int = 0
-    """Bytes that could not be written, and stayed."""
-    seconds_storing: float = 0.0
-    seconds_loading: float = 0.0
-
-
-@dataclass(kw_only=True, eq=False)
-class Parcel:
-    """One storage on its way out or back. `lock` guards everything below it."""
-
-    storage: Storage
-    scope: str
-    version: int
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    here: Any = None
-    """The storage, where it is in memory: to be written, forwarded, or read back."""
-    slot: Any = None
-    going: Future[None] | None = None
-    coming: Future[None] | None = None
-    failure: BaseException | None = None
-    dead: bool = False
+Ahead = Literal["off", "block", "chunk"]
+"""What is asked for before it is needed: nothing, the block before, or the few storages before."""
+CHUNK = 4
+"""Storages of a chunk."""
+MOST_WAITING = 4 << 30
+"""Bytes that may wait for their write at one time."""
 
 
 class TensorCache:
-    """The tensor cache of one model on one rank."""
+    """The tensor cache of the blocks of one model, or of one stage, on one rank.
 
-    def __init__(self, backend: Backend, ledger: Ledger, *, least: int, threads: int, ahead: bool) -> None:
+    `steer` is told what a step moved, before anybody else is, and may add notes.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        ledger: Ledger,
+        *,
+        least: int,
+        threads: int,
+        ahead: Ahead,
+        most_waiting: int = MOST_WAITING,
+        steer: Callable[[Facts], None] | None = None,
+    ) -> None:
         self.backend, self.ledger, self.least, self.ahead = backend, ledger, least, ahead
+        self.most_waiting = most_waiting
         self.facts = Facts()
+        self.depth = 1
+        """Pieces that are asked for ahead of the one that the backward pass comes to."""
+        self.waiting = 0
+        """Bytes whose write is not over."""
+        self._steer = steer
         self._threads = threads
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
         self._parcels: dict[int, Parcel] = {}
-        self._order: list[Scope] = []
-        self._warned = False
-        self._lock = threading.RLock()
+        self._pass = Pass()
+        self._passes: dict[int, Pass] = {}
+        self._coming: tuple[int, bool] | None = None
+        self._clock: Clock | None = None
+        self._storing, self._loading = Busy(), Busy()
+        self._began = time.perf_counter()
+        self._warned: set[str] = set()
+        self._lock = ledger.lock
+
+    # --- what comes next ----------------------------------------------------------------------------------------------
+
+    def expect(self, micro_batch: int, *, turns: bool) -> None:
+        """The next forward pass is of this micro-batch; `turns`: its own backward pass follows at once.
+
+        Where nobody says so, every forward pass turns.
+        """
+        self._coming = micro_batch, turns
+
+    def fetch(self, micro_batch: int) -> None:
+        """The backward pass of this micro-batch comes next: its last piece is asked for now."""
+        found = self._passes.get(micro_batch)
+        if found is not None:
+            self._ask(found.tail)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the forward pass that is at work is followed by its own backward pass."""
+        return self._pass.turns
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def block(self, name: str) -> Iterator[None]:
-        """The forward pass of a block of which saved tensors go out."""
-        scope = Scope(name, self._order[-1] if self._order else None)
-        self._order.append(scope)
-        with saved_tensors_hooks(lambda x: self._pack(x, scope), _unpack):
-            yield
-
     def begin(self) -> None:
         """A new forward pass: its blocks have none before them."""
-        self._order = []
+        micro_batch, turns = self._coming or (None, True)
+        self._coming, self._pass = None, Pass(turns=turns)
+        if micro_batch is not None:
+            self._passes[micro_batch] = self._pass
+        self.facts.passes.append(self._pass)
+
+    @contextmanager
+    def block(self, name: str, *, out: bool = True) -> Iterator[None]:
+        """The forward pass of a block; `out`: its saved tensors go out, else they stay and are counted."""
+        visit = Visit(name, out=out)
+        visit.begun = self._now()
+        self._pass.begin_piece()
+        with saved_tensors_hooks(lambda x: self._pack(x, visit), unpack):
+            yield
+        visit.ended = self._now()
+        self._pass.visits.append(visit)
 
     def told(self) -> Facts:
         """What was moved since this was last asked."""
         with self._lock:
             found, self.facts = self.facts, Facts()
+        now = time.perf_counter()
+        found.seconds, self._began = now - self._began, now
+        found.seconds_storing, found.seconds_loading = self._storing.taken(), self._loading.taken()
+        found.clock = self._clock
+        if self._steer is not None:
+            self._steer(found)
         return found
 
-    def _pack(self, x: Tensor, scope: Scope) -> Any:
+    def _now(self) -> Any:
+        """A moment, once it is known what is computed on."""
+        return None if self._clock is None else self._clock.mark()
+
+    def _pack(self, x: Tensor, visit: Visit) -> Any:
         if is_parameter(x):
             return x.detach()
-        if x.untyped_storage().nbytes() < self.least or x.device.type == "meta":
-            return self.ledger.kept(x, scope.name)
-        return Handle(self, x, scope)
+        if self._clock is None and x.device.type != "meta":
+            self._clock = Clock(x.device)
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise LmworksError(
+                "a CUDA graph cannot hold tensors that leave memory: threads copy them, and a graph knows no threads",
+                next_step="capture no graph of the blocks, or set saved.use = 'keep'",
+            )
+        small = x.untyped_storage().nbytes() < self.least or x.device.type == "meta"
+        parcel = None if small or not visit.out else self._parcel(x, visit)
+        if parcel is not None:
+            return Handle(self, x, parcel, self._pass.piece)
+        stays = Stays(self, x, visit.name, self._pass.piece)
+        if not small and stays.kept.alone:
+            visit.nbytes += stays.kept.nbytes
+        return stays
 
-    def parcel(self, x: Tensor, scope: Scope) -> Parcel:
-        """The parcel of x's storage: a new one is sent off."""
-        storage = self.ledger.find(x, scope.name)
+    def _parcel(self, x: Tensor, visit: Visit) -> Parcel | None:
+        """The parcel of x's storage, with one more handle: a new one is sent off. None where too much waits already."""
+        most = CHUNK if self.ahead == "chunk" else None
         with self._lock:
+            storage = self.ledger.find(x, visit.name)
             found = self._parcels.get(id(storage))
-            if found is None:
-                found = Parcel(storage=storage, scope=scope.name, version=x._version, here=x.untyped_storage())
-                self._parcels[id(storage)] = found
-                scope.parcels.append(found)
-                self.ledger.count(storage)
-                ready = _marked(x.device)
-                found.going = self._pool(0).submit(self._store, found, x.detach(), ready)
+            if found is not None:
+                found.handles += 1
+                self._pass.add(found, most=most)
+                return found
+            if self.waiting + storage.nbytes > self.most_waiting:
+                self.ledger.drop(storage)
+                self._stays(storage.nbytes, visit.name, f"{self.waiting} bytes wait for their write already")
+                return None
+            found = Parcel(storage=storage, scope=visit.name, device=x.device, here=x.untyped_storage())
+            found.counter, found.version = counter(x), x._version
+            self._parcels[id(storage)] = found
+            visit.nbytes += storage.nbytes
+            self.waiting += storage.nbytes
+            self.ledger.count(storage)
+            self._pass.add(found, most=most)
+            found.going = self._pool(0).submit(self._store, found, moment(x.device))
         return found
 
     def _pool(self, which: int) -> ThreadPoolExecutor:
-        if self._pools is None:
-            stores = ThreadPoolExecutor(self._threads, thread_name_prefix="offload-store")
-            self._pools = stores, ThreadPoolExecutor(self._threads, thread_name_prefix="offload-load")
+        """Threads that write (0) or read (1), started when first needed: a process that is forked before has none."""
+        with self._lock:
+            if self._pools is None:
+                stores = ThreadPoolExecutor(self._threads, thread_name_prefix="offload-store")
+                self._pools = stores, ThreadPoolExecutor(self._threads, thread_name_prefix="offload-load")
         return self._pools[which]
 
-    def _store(self, parcel: Parcel, alias: Tensor, ready: Any) -> None:
-        """On a thread of the store's pool."""
-        with parcel.lock:
-            if parcel.dead or parcel.here is None:
-                return
-            values = _bytes(parcel.here, alias.device)
-        began = time.perf_counter()
-        try:
-            slot = self.backend.store(_at_hand(values, ready))
-        except OSError as error:
-            self._stays(parcel, error)
-            return
-        with parcel.lock:
-            if alias._version != parcel.version:
-                parcel.failure = _edited(parcel)
-            if parcel.dead:
-                self.backend.free(slot)  # type: ignore[unreachable]  # another thread says so
-                return
-            parcel.slot = slot
-            if parcel.coming is None:  # nobody has asked for it meanwhile
-                parcel.here = None
-                self.ledger.uncount(parcel.storage)
+    def _store(self, parcel: Parcel, ready: Any) -> None:
+        """On a thread of the store's pool. Its failure is told here, since nobody asks the future for it."""
+        here = parcel.here
+        slot, failure = None, None
+        if here is not None:
+            try:
+                with self._storing, on(parcel.device):
+                    slot = self.backend.store(_bytes(here, parcel.device), ready)
+            except (OSError, RuntimeError, MemoryError) as error:  # torch's own errors are RuntimeErrors
+                failure = error
         with self._lock:
-            self.facts.stored += parcel.storage.nbytes
-            self.facts.seconds_storing += time.perf_counter() - began
+            self.waiting -= parcel.storage.nbytes
+            if failure is not None and not parcel.dead:
+                self._stays(parcel.storage.nbytes, parcel.scope, str(failure))
+            if slot is not None:
+                self._is_out(parcel, slot)
 
-    def _stays(self, parcel: Parcel, error: OSError) -> None:
-        with self._lock:
-            self.facts.kept += parcel.storage.nbytes
-            if not self._warned:
-                self._warned = True
-                text = f"{parcel.storage.nbytes} bytes of block {parcel.scope} cannot be written: they stay in memory"
-                warnings.warn(f"{text} ({error})", stacklevel=2)
+    def _is_out(self, parcel: Parcel, slot: Any) -> None:
+        """A write is over: its storage leaves memory, unless somebody has asked for it meanwhile."""
+        self.facts.stored += parcel.storage.nbytes
+        if parcel.edited:
+            parcel.failure = edited(parcel.scope)
+        if parcel.dead:
+            self.backend.free(slot)
+            return
+        parcel.slot = slot
+        if parcel.coming is None:
+            parcel.here = None
+            self.ledger.uncount(parcel.storage)
+
+    def _stays(self, nbytes: int, scope: str, why: str) -> None:
+        """Something could not go out. Each kind of reason is told once."""
+        self.facts.kept += nbytes
+        kind = why.lstrip("0123456789 ")
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{nbytes} bytes of block {scope} stay in memory: {why}", stacklevel=2)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
-    def take(self, parcel: Parcel, scope: Scope, device: torch.device) -> Any:
-        """The storage of a parcel, in memory. Asks for the block before it."""
-        self._ask(scope.before, device)
-        with parcel.lock:
+    def enter(self, piece: Piece) -> None:
+        """The backward pass has come to a piece: it and the one before it are asked for."""
+        if piece.entered:
+            return
+        piece.entered = True
+        if piece.of.turned is None:
+            piece.of.turned = self._now()
+        if self.ahead != "off":
+            wanted: Piece | None = piece
+            for _ in range(1 + self.depth):
+                if wanted is not None:
+                    self._ask(wanted)
+                    wanted = wanted.before
+
+    def take(self, parcel: Parcel, piece: Piece) -> Any:
+        """The storage of a parcel, in memory."""
+        with self._lock:
+            missed = parcel.here is None and parcel.coming is None
+        self.enter(piece)
+        with self._lock:
             if parcel.failure is not None:
                 raise parcel.failure
+            self.facts.misses += missed
             if parcel.here is not None and parcel.coming is None:
                 self._forward(parcel)
-                return parcel.here
-            if parcel.coming is None:
-                self.facts.misses += 1
-                parcel.coming = self._pool(1).submit(self._load, parcel, _room(parcel, device))
-            coming = parcel.coming
-        coming.result()
+            coming = parcel.coming or self._fetch(parcel)
+        if not coming.done():
+            began = time.perf_counter()
+            coming.result()
+            with self._lock:
+                self.facts.stalled += time.perf_counter() - began
+        if parcel.failure is not None:
+            raise parcel.failure
         return parcel.here
 
     def _forward(self, parcel: Parcel) -> None:
         """The write is not over, or could not be made: what is in memory is taken, and stays there."""
-        done: Future[None] = Future()
-        done.set_result(None)
-        parcel.coming = done
-        if parcel.going is not None and parcel.going.cancel():
-            parcel.going = None
+        parcel.coming = Future()
+        parcel.coming.set_result(None)
+        self._call_off(parcel)
         self.facts.forwarded += parcel.storage.nbytes
 
-    def _ask(self, scope: Scope | None, device: torch.device) -> None:
-        if not self.ahead or scope is None or scope.asked:
-            return
-        scope.asked = True
-        for parcel in reversed(scope.parcels):
-            with parcel.lock:
-                if parcel.here is None and parcel.coming is None and not parcel.dead:
-                    parcel.coming = self._pool(1).submit(self._load, parcel, _room(parcel, device))
+    def _call_off(self, parcel: Parcel) -> None:
+        """A write that has not begun is not made."""
+        if parcel.going is not None and parcel.going.cancel():
+            self.waiting -= parcel.storage.nbytes
+            parcel.going = None
 
-    def _load(self, parcel: Parcel, values: Tensor) -> None:
+    def _ask(self, piece: Piece) -> None:
+        """Read a piece back, last storage first."""
+        with self._lock:
+            for parcel in reversed(piece.parcels):
+                if parcel.here is None and parcel.coming is None and not parcel.dead:
+                    self._fetch(parcel)
+
+    def _fetch(self, parcel: Parcel) -> Future[None]:
+        """Memory for a storage that comes back is made by the thread that computes: C libraries give each its own."""
+        room = torch.empty(parcel.storage.nbytes, dtype=torch.uint8, device=parcel.device)
+        parcel.coming = self._pool(1).submit(self._load, parcel, room, moment(parcel.device))
+        return parcel.coming
+
+    def _load(self, parcel: Parcel, room: Tensor, ready: Any) -> None:
         """On a thread of the load's pool."""
-        began = time.perf_counter()
-        with parcel.lock:
+        slot, failure = parcel.slot, None
+        if slot is None:  # it is dead
+            return
+        try:
+            with self._loading, on(parcel.device):
+                self.backend.load(slot, room, ready)
+        except OSError as error:
+            text = f"saved tensors of block {parcel.scope} cannot be read back: {error}"
+            failure = LmworksError(text, next_step="the run goes on from its last checkpoint: the same command again")
+        with self._lock:
             if parcel.dead:
                 return
-            slot = parcel.slot
-        self.backend.load(slot, values)
-        with parcel.lock:
-            if parcel.dead:
-                return  # type: ignore[unreachable]  # another thread says so
-            parcel.here = values.untyped_storage()
+            parcel.failure = parcel.failure or failure
+            parcel.here = room.untyped_storage()
             self.ledger.count(parcel.storage)
-        with self._lock:
             self.facts.loaded += parcel.storage.nbytes
-            self.facts.seconds_loading += time.perf_counter() - began
 
     def release(self, parcel: Parcel) -> None:
         """One handle less; with the last one, slot and memory are free."""
         with self._lock:
-            if not self.ledger.drop(parcel.storage):
+            self.ledger.drop(parcel.storage)
+            parcel.handles -= 1
+            if parcel.handles:
                 return
-            self._parcels.pop(id(parcel.storage), None)
-        with parcel.lock:
+            del self._parcels[id(parcel.storage)]
+            if parcel.here is not None:
+                self.ledger.uncount(parcel.storage)
             parcel.dead, parcel.here = True, None
-            if parcel.going is not None:
-                parcel.going.cancel()
+            self._call_off(parcel)
             if parcel.slot is not None:
                 self.backend.free(parcel.slot)
                 parcel.slot = None
+
+    # --- the end ------------------------------------------------------------------------------------------------------
 
     @property
     def live(self) -> int:
         """Parcels that somebody may still ask for."""
         return len(self._parcels)
+
+    def settle(self) -> None:
+        """Wait until nothing is being written."""
+        for parcel in list(self._parcels.values()):
+            if parcel.going is not None:
+                parcel.going.result()
 
     def close(self) -> None:
         """End the threads and give the backend's room back."""
@@ -256,71 +346,39 @@ class TensorCache:
         self.backend.close()
 
 
-class Scope:
-    """One forward pass of one block."""
+def sent(
+    forward: Callable[..., Any], name: str, cache: TensorCache, *, first: bool, out: bool | Callable[[], bool]
+) -> Callable[..., Any]:
+    """A block's forward with what it saves in the cache. `first`: it begins a pass; `out` may be asked for each."""
 
-    def __init__(self, name: str, before: Scope | None) -> None:
-        self.name, self.before = name, before
-        self.parcels: list[Parcel] = []
-        self.asked = False
+    @functools.wraps(forward)
+    def with_cache(*words: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*words, **named)
+        if first:
+            cache.begin()
+        with cache.block(name, out=out if isinstance(out, bool) else out()):
+            return forward(*words, **named)
 
-
-class Handle:
-    """What autograd holds in the place of a tensor."""
-
-    __slots__ = ("_cache", "_counter", "_device", "_dtype", "_parcel", "_scope", "_shape", "_version")
-
-    def __init__(self, cache: TensorCache, x: Tensor, scope: Scope) -> None:
-        self._cache, self._scope = cache, scope
-        self._shape = x.shape, x.stride(), x.storage_offset()
-        self._dtype, self._device, self._version = x.dtype, x.device, x._version
-        self._counter = x.detach()
-        self._counter.data = torch.empty(0, dtype=x.dtype, device=x.device)  # keeps the count of edits, not the values
-        self._parcel = cache.parcel(x, scope)
-
-    def tensor(self) -> Tensor:
-        """The tensor again, as it was."""
-        if self._counter._version != self._version:
-            raise _edited(self._parcel)
-        storage = self._cache.take(self._parcel, self._scope, self._device)
-        return torch.empty(0, dtype=self._dtype, device=self._device).set_(storage, self._shape[2], *self._shape[:2])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_parcel"):
-            self._cache.release(self._parcel)
+    return with_cache
 
 
-def _unpack(handle: Any) -> Tensor:
-    if isinstance(handle, Handle):
-        return handle.tensor()
-    result: Tensor = getattr(handle, "tensor", handle)
-    return result
+def hints(caches: Mapping[int, Sequence[TensorCache]]) -> Callable[[Action, Action | None], None]:
+    """What a pipeline tells of its stages, for the caches of each: see `expect` and `fetch`."""
 
+    def on_stage(now: Action, then: Action | None) -> None:
+        backward = then is not None and then.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+        turns = now.kind is Kind.FORWARD and backward and then is not None and then[1:] == now[1:]
+        if now.kind is Kind.FORWARD:
+            for cache in caches[now.stage]:
+                cache.expect(now.micro_batch, turns=turns)
+        if then is not None and backward and not turns:
+            for cache in caches[then.stage]:
+                cache.fetch(then.micro_batch)
 
-def _edited(parcel: Parcel) -> RuntimeError:
-    return RuntimeError(
-        f"a tensor that block {parcel.scope} saved for its backward pass was changed in place after it was saved"
-    )
+    return on_stage
 
 
 def _bytes(storage: Any, device: torch.device) -> Tensor:
     """A storage as a flat uint8 tensor, without a copy."""
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-
-def _room(parcel: Parcel, device: torch.device) -> Tensor:
-    """Memory for a storage that comes back, made by the thread that computes: C libraries give each thread its own."""
-    return torch.empty(parcel.storage.nbytes, dtype=torch.uint8, device=device)
-
-
-def _marked(device: torch.device) -> Any:
-    """The point in the stream's work at which a tensor is complete; None on a CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-def _at_hand(values: Tensor, ready: Any) -> Tensor:
-    """The values in host memory, once they are complete."""
-    if ready is None:
-        return values
-    ready.synchronize()
-    return values.cpu()

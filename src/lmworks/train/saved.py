@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,8 +16,8 @@ from lmworks.core.errors import Problem
 from lmworks.core.home import home
 from lmworks.core.recipe import NonNegativeInt, PositiveInt
 from lmworks.train.backends import Disk, Host
-from lmworks.train.ledger import Forward, Ledger, counted, counted_beside
-from lmworks.train.offload import TensorCache
+from lmworks.train.ledger import Forward, Ledger, counted_beside
+from lmworks.train.offload import Ahead, TensorCache, sent
 from lmworks.train.slots import Saved
 
 
@@ -54,6 +52,8 @@ class Offload(Saved):
     On a CPU, host memory is the memory that the run computes in: `to = "host"` only shows there that nothing changes.
     """
 
+    leaves: ClassVar[bool] = True
+    """While a step runs."""
     to: Literal["disk", "host"] = "disk"
     """Files, or pinned host memory."""
     folders: tuple[str, ...] = ()
@@ -88,22 +88,19 @@ class Offload(Saved):
 
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the blocks' forward; the cache that holds what went out."""
-        cache = TensorCache(
-            self._backend(), books or Ledger(), least=self.least_bytes, threads=self.threads, ahead=self.ahead
-        )
+        books = books or Ledger()
+        ahead: Ahead = "block" if self.ahead else "off"
+        cache = TensorCache(self._backend(), books, least=self.least_bytes, threads=self.threads, ahead=ahead)
         for index, (name, block) in enumerate(blocks.items()):
             forward = self.passes(block, name, books)
-            if index < len(blocks) - self.last:
-                block.forward = _sent(forward, name, cache, first=index == 0)
-            else:
-                block.forward = counted(forward, name, books)
+            block.forward = sent(forward, name, cache, first=index == 0, out=index < len(blocks) - self.last)
         return [cache]
 
     def _backend(self) -> Disk | Host:
         if self.to == "host":
             return Host()
         folders = [Path(folder).expanduser() for folder in self.folders] or [home() / "offload"]
-        return Disk(folders, f"saved-{uuid.uuid4().hex}")
+        return Disk(folders)
 
 
 def recomputed(forward: Forward, name: str, books: Ledger | None) -> Forward:
@@ -117,18 +114,3 @@ def recomputed(forward: Forward, name: str, books: Ledger | None) -> Forward:
 def _contexts(name: str, books: Ledger) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What is entered around a block's first pass and around its second."""
     return nullcontext(), counted_beside(books, name)
-
-
-def _sent(forward: Forward, name: str, cache: TensorCache, *, first: bool) -> Forward:
-    """The same, with what it saves in the cache."""
-
-    @functools.wraps(forward)
-    def with_cache(*words: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*words, **named)
-        if first:
-            cache.begin()
-        with cache.block(name):
-            return forward(*words, **named)
-
-    return with_cache

@@ -170,6 +170,9 @@ class Gradient(ABC):
 class Saved(ABC):
     """What blocks keep for their backward pass. Set on the model once, before anything is compiled or sharded."""
 
+    leaves: ClassVar[bool] = False
+    """Whether saved tensors leave memory while a step runs: on a CPU what is freed must then go back to the system."""
+
     @abstractmethod
     def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
         """The forward pass of a block as this policy makes it, by its number in the whole model; uncounted.

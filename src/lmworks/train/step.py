@@ -18,6 +18,7 @@ from lmworks.model.backbone import Backbone
 from lmworks.model.head import IGNORE
 from lmworks.parallel.apply import Placement
 from lmworks.train.ledger import Ledger
+from lmworks.train.moved import Facts
 from lmworks.train.offload import TensorCache
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Gradient, Objective, Selector, Source, Update, combined
@@ -39,6 +40,8 @@ class StepResult:
     """Tokens times forward passes that were spent: three for every token trained on, and what the probe booked."""
     extra: dict[str, float]
     """What the gradient stages reported and the other slots noted."""
+    notes: tuple[str, ...] = ()
+    """Sentences for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,8 @@ class Step:
             extra |= stage.finish(parameters, norm)
         self.update.step(self.probe)
         extra |= placement.after_update()
-        extra |= self._moved()
+        moved = [cache.told() for cache in self.caches]
+        extra |= summed(moved)
         return StepResult(
             loss=float(loss),
             grad_norm=float(norm),
@@ -98,14 +102,8 @@ class Step:
             units={name: facts[name] for name in counts},
             passes=3.0 * facts["tokens"] + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
+            notes=tuple(note for facts in moved for note in facts.notes),
         )
-
-    def _moved(self) -> dict[str, Tensor]:
-        """What saved tensors' caches moved in this step, on this rank."""
-        facts = [cache.told() for cache in self.caches]
-        names = ("stored", "loaded", "forwarded", "kept", "misses")
-        found = {name: float(sum(getattr(fact, name) for fact in facts)) for name in names if facts}
-        return {f"offload/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
     def close(self) -> None:
         """End the threads of the caches, and give their files back."""
@@ -141,6 +139,13 @@ def accumulate(
         return combined(objective.loss(model, micro, hidden_BTD), counts)
 
     return placement.backward(micro_batches, loss_of)
+
+
+def summed(moved: Sequence[Facts]) -> dict[str, Tensor]:
+    """What saved tensors' caches moved in a step, on this rank: bytes, misses, and seconds that were waited."""
+    names = ("stored", "loaded", "forwarded", "kept", "misses", "stalled")
+    found = {name: float(sum(getattr(facts, name) for facts in moved)) for name in names if moved}
+    return {f"offload/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
 def guard(loss: Tensor, norm: Tensor) -> None:
