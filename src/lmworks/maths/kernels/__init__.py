@@ -53,7 +53,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """A family, imported when it is first asked for."""
     if name in FAMILIES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(*_modules(name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -75,10 +75,23 @@ def work_on(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        grid, norm = (importlib.import_module(f"{__name__}.{name}") for name in ("grid", "norm"))
-        x = torch.ones(1, 16, device=device)
-        return not grid.INTERPRETED and bool(torch.isfinite(norm.rms_norm(x, x[0], 1e-6)).all())
+        return _builds(device)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         text = f"Triton cannot build kernels for {device}, so the plain forms run: {error}"
         warnings.warn(text, stacklevel=2)
         return False
+
+
+def _builds(device: torch.device) -> bool:
+    """Whether a kernel of this process is compiled for the device, and right. Raises what says why it cannot be."""
+    grid, norm, errors = (importlib.import_module(name) for name in (*_modules("grid", "norm"), "triton.errors"))
+    x = torch.ones(1, 16, device=device)
+    try:
+        y = norm.rms_norm(x, x[0], 1e-6)
+    except errors.TritonError as error:
+        raise RuntimeError(str(error)) from error
+    return not grid.INTERPRETED and bool((y - 1).abs().max() < 1e-5)
+
+
+def _modules(*names: str) -> list[str]:
+    return [f"{__name__}.{name}" for name in names]
