@@ -38,6 +38,7 @@ MOST_COLUMNS = 16384
 __all__ = [
     "DTYPES",
     "MOST_COLUMNS",
+    "builds",
     "cross_entropy",
     "gated",
     "gated8",
@@ -53,7 +54,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """A family, imported when it is first asked for."""
     if name in FAMILIES:
-        return importlib.import_module(*_modules(name))
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -67,31 +68,27 @@ def there() -> bool:
 def work_on(device: torch.device) -> bool:
     """Whether the kernels run compiled on this device; the first call compiles one of them to see.
 
-    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why, and the answer is
-    no. bfloat16 asks for compute capability 8.0.
+    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why. bfloat16 asks for compute capability 8.0.
     """
     if device.type != "cuda" or not there() or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
+    return builds(device)
+
+
+def builds(device: torch.device) -> bool:
+    """Whether a kernel of this process is compiled for the device, and right; warns where Triton cannot build it."""
     try:
-        return _builds(device)
+        names = (f"{__name__}.grid", f"{__name__}.norm", "triton.errors")
+        grid, norm, errors = (importlib.import_module(name) for name in names)
+        x = torch.ones(1, 16, device=device)
+        try:
+            y = norm.rms_norm(x, x[0], 1e-6)
+        except errors.TritonError as error:
+            raise RuntimeError(str(error)) from error
+        return not grid.INTERPRETED and bool((y - 1).abs().max() < 1e-5)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         text = f"Triton cannot build kernels for {device}, so the plain forms run: {error}"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=3)
         return False
-
-
-def _builds(device: torch.device) -> bool:
-    """Whether a kernel of this process is compiled for the device, and right. Raises what says why it cannot be."""
-    grid, norm, errors = (importlib.import_module(name) for name in (*_modules("grid", "norm"), "triton.errors"))
-    x = torch.ones(1, 16, device=device)
-    try:
-        y = norm.rms_norm(x, x[0], 1e-6)
-    except errors.TritonError as error:
-        raise RuntimeError(str(error)) from error
-    return not grid.INTERPRETED and bool((y - 1).abs().max() < 1e-5)
-
-
-def _modules(*names: str) -> list[str]:
-    return [f"{__name__}.{name}" for name in names]
