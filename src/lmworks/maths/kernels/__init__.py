@@ -68,7 +68,8 @@ def there() -> bool:
 def work_on(device: torch.device) -> bool:
     """Whether the kernels run compiled on this device; the first call compiles one of them to see.
 
-    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why. bfloat16 asks for compute capability 8.0.
+    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why. bfloat16 asks for
+    compute capability 8.0.
     """
     if device.type != "cuda" or not there() or not torch.cuda.is_available():
         return False
