@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,9 +13,6 @@ from lmworks.model import ops
 from lmworks.model.head import IGNORE, cross_entropy_each
 from tests.model.toy import V, built
 
-READ_BT = torch.arange(14).view(2, 7) * 17 % V
-TARGETS_BT = READ_BT.roll(-1, 1).clone()
-TARGETS_BT[:, -1] = IGNORE
 WEIGHTS_B = torch.tensor([1.0, 3.0])
 
 
@@ -36,10 +35,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_kernels = pytest.mark.parametrize("device", DEVICES, indirect=True)
 
 
-def loss_and_gradients(family: str, dtype: torch.dtype, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(family: str, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     model = built(family, dtype=dtype).to(device)
-    hidden_BTD = model(READ_BT.to(device))
-    loss = model.cross_entropy_sum(hidden_BTD, TARGETS_BT.to(device), WEIGHTS_B.to(device))
+    read_BT = torch.randint(V, (2, 4), generator=torch.Generator().manual_seed(seed))
+    targets_BT = read_BT.roll(-1, 1)
+    targets_BT[:, -1] = IGNORE
+    loss = model.cross_entropy_sum(model(read_BT.to(device)), targets_BT.to(device), WEIGHTS_B.to(device))
     loss.backward()
     return loss.detach().cpu(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -59,14 +60,16 @@ def test_loss_and_gradients_are_those_of_the_plain_forms(family: str, device: st
 
 @on_kernels
 def test_bfloat16_is_as_close_as_the_plain_forms(device: str) -> None:
-    want, exact = loss_and_gradients("decoder", torch.float64, "cpu")
-    found, gradients = loss_and_gradients("decoder", torch.bfloat16, device)
-    with ops.plain_forms():
-        plain, plain_gradients = loss_and_gradients("decoder", torch.bfloat16, "cpu")
-    assert abs(float(found - want)) <= 1.5 * abs(float(plain - want)) + 1e-3 * float(want)
-    for name, gradient in gradients.items():
-        error, usual = (float((g - exact[name]).norm()) for g in (gradient, plain_gradients[name]))
-        assert error <= 1.5 * usual + 1e-6, name
+    """Over some inputs: a single one says little, as errors of roundings are multiplied by chance."""
+    errors, usual = [], []
+    for seed in range(3):
+        _, exact = loss_and_gradients("decoder", torch.float64, "cpu", seed)
+        _, found = loss_and_gradients("decoder", torch.bfloat16, device, seed)
+        with ops.plain_forms():
+            _, plain = loss_and_gradients("decoder", torch.bfloat16, "cpu", seed)
+        errors += [float((found[name] - exact[name]).norm()) for name in exact]
+        usual += [float((plain[name] - exact[name]).norm()) for name in exact]
+    assert math.hypot(*errors) <= 1.25 * math.hypot(*usual)
 
 
 @on_kernels

@@ -2,7 +2,7 @@
 
     python -m tests.maths.kernels.compile_all [COMPUTE_CAPABILITY ...]
 
-Prints, as JSON, a row for each: kernel, settings, compute capability, bytes of machine code, and the eight-bit
+Prints, as JSON, a row for each: kernel, settings, variant, compute capability, bytes of machine code, and the eight-bit
 conversions among its instructions.
 """
 
@@ -82,17 +82,28 @@ def type_of(argument: str, family: str) -> str:
     return "*u8" if "codes" in argument else "*fp32" if argument in FLOAT32 else "*bf16"
 
 
-def compiled(name: str, kernel: Any, settings: dict[str, Any], capability: int) -> dict[str, Any]:
-    """A row of the report. Sizes and addresses are multiples of 16, as they mostly are."""
+def compiled(name: str, kernel: Any, settings: dict[str, Any], capability: int, variant: str) -> dict[str, Any]:
+    """A row of the report.
+
+    Triton compiles anew for other types, for sizes that are multiples of 16, and for sizes of 1. Variants: "even", all
+    multiples of 16; "ones", all sizes 1; "float32", values in float32 and sizes of any kind.
+    """
     words = dict(settings) | ({"NATIVE": capability >= 89} if "NATIVE" in kernel.arg_names else {})
-    signature = {arg: "constexpr" if arg in words else type_of(arg, name.partition(".")[0]) for arg in kernel.arg_names}
-    whole = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    family = name.partition(".")[0]
+    if variant == "ones":
+        words |= {arg: 1 for arg in kernel.arg_names if arg not in words and type_of(arg, family) == "i32"}
+    signature = {arg: "constexpr" if arg in words else type_of(arg, family) for arg in kernel.arg_names}
+    if variant == "float32":
+        signature = {arg: "*fp32" if kind == "*bf16" else kind for arg, kind in signature.items()}
+    even = [i for i, kind in enumerate(signature.values()) if variant == "even" and kind[0] in "*i"]
+    whole = {(i,): [["tt.divisibility", 16]] for i in even}
     values = settings.get("WIDTH", 0) * settings.get("ROWS", 0) or settings.get("BLOCK", 0)
     source = ASTSource(kernel, signature=signature, constexprs=words, attrs=whole)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(values)})
     return {
         "kernel": name,
         "settings": settings,
+        "variant": variant,
         "capability": capability,
         "bytes": len(made.asm["cubin"]),
         "conversions": sorted(set(re.findall(r"cvt\S*(?:e4m3|e5m2)\S*", made.asm["ptx"]))),
@@ -102,10 +113,11 @@ def compiled(name: str, kernel: Any, settings: dict[str, Any], capability: int) 
 def main(capabilities: list[int]) -> None:
     """Print the report."""
     rows = [
-        compiled(name, kernel, settings, capability)
+        compiled(name, kernel, settings, capability, variant)
         for capability in capabilities
         for name, kernel in kernels()
-        for settings in SETTINGS.get(name, [{"GROUPS": quantise.GROUPS}])
+        for index, settings in enumerate(SETTINGS.get(name, [{"GROUPS": quantise.GROUPS}]))
+        for variant in (("even",) if index else ("even", "ones", "float32"))
     ]
     sys.stdout.write(json.dumps(rows) + "\n")
 

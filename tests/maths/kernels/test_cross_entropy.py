@@ -13,7 +13,7 @@ from lmworks.maths import kernels
 from tests.maths.kernels import cases
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     rows=st.integers(1, 6),

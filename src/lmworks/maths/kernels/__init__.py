@@ -40,6 +40,7 @@ MOST_COLUMNS = 16384
 __all__ = [
     "DTYPES",
     "MOST_COLUMNS",
+    "builds",
     "cross_entropy",
     "expansion",
     "gated",
@@ -71,20 +72,30 @@ def there() -> bool:
 def work_on(device: torch.device) -> bool:
     """Whether the kernels run compiled on this device; the first call compiles one of them to see.
 
-    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why, and the answer is
-    no. bfloat16 asks for compute capability 8.0.
+    Triton builds its launcher with the machine's C compiler: where that fails, one warning says why. bfloat16 asks for
+    compute capability 8.0.
     """
     if device.type != "cuda" or not there() or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
+    return builds(device)
+
+
+def builds(device: torch.device) -> bool:
+    """Whether a kernel of this process is compiled for the device, and right; warns where Triton cannot build it."""
     try:
-        grid, norm = (importlib.import_module(f"{__name__}.{name}") for name in ("grid", "norm"))
+        names = (f"{__name__}.grid", f"{__name__}.norm", "triton.errors")
+        grid, norm, errors = (importlib.import_module(name) for name in names)
         x = torch.ones(1, 16, device=device)
-        return not grid.INTERPRETED and bool(torch.isfinite(norm.rms_norm(x, x[0], 1e-6)).all())
+        try:
+            y = norm.rms_norm(x, x[0], 1e-6)
+        except errors.TritonError as error:
+            raise RuntimeError(str(error)) from error
+        return not grid.INTERPRETED and bool((y - 1).abs().max() < 1e-5)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         text = f"Triton cannot build kernels for {device}, so the plain forms run: {error}"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=3)
         return False
 
 
