@@ -29,7 +29,8 @@ from lmworks.train.rehearse import (
     shrink,
     small,
 )
-from lmworks.train.saved import Recompute
+from lmworks.train.saved import Keep, Recompute
+from lmworks.train.slots import Saved
 from tests.parallel.table import scene_of
 
 
@@ -65,6 +66,14 @@ def test_a_512_rank_recipe_keeps_its_structure() -> None:
     assert scene.model.n_heads // scene.model.n_kv_heads > 1, "query heads still share keys"
     assert not scene.model.tied
     assert {line.partition(":")[0] for line in said} == {"dp_shard", "tp", "pp", "model"}
+
+
+@pytest.mark.parametrize("use", ["offload", "ssdtrain"])
+@pytest.mark.parametrize(("recompute", "kept"), [("false", Keep()), ("true", Recompute())])
+def test_where_saved_tensors_wait_is_not_rehearsed(use: str, recompute: str, kept: Saved) -> None:
+    sets = [f"saved.use={use}", f"saved.recompute={recompute}"]
+    made = recipes.load("methods/torchtitan", verb="train", sets=sets)
+    assert small(made, made.layout.settle(1, made), most=8)[0].saved == kept
 
 
 def test_windows_shrink_with_the_rows() -> None:

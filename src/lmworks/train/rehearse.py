@@ -34,7 +34,7 @@ from lmworks.parallel.traffic import Work, traffic
 from lmworks.parallel.wire import alone
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.probe import Probe
-from lmworks.train.saved import Keep, Offload, Recompute
+from lmworks.train.saved import Keep, Recompute
 from lmworks.train.slots import Gradient, Objective, Optimizer, Saved, SelectAll, State
 from lmworks.train.step import Step
 
@@ -148,8 +148,8 @@ def stepping(made: Placement, scene: Scene) -> Step:
 
 def _in_memory(saved: Saved) -> Saved:
     """The policy that makes the same passes; where saved tensors wait does not change what ranks exchange."""
-    if isinstance(saved, Offload):
-        return Recompute() if saved.recompute else Keep()
+    if saved.leaves:
+        return Recompute() if getattr(saved, "recompute", False) else Keep()
     return saved
 
 

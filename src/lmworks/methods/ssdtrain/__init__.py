@@ -44,8 +44,8 @@ The plan, the measured rates and how long a disk of `endurance_bytes` lasts are 
 ## When to use it
 
 - When memory is short and an NVMe is near: the freed memory buys a larger micro-batch, or fewer recomputed blocks.
-- Each GPU wants V / t of writing, saved bytes over forward time: 2 to 10 GB/s for large models. Below, the plan keeps
-  blocks, and `recompute = true` sends a block's input only, a twentieth of the bytes.
+- All blocks go out where the disk writes and reads about V / (1.5 t), saved bytes over forward time. Below, the plan
+  keeps blocks, and `recompute = true` sends a block's input only, a twentieth of the bytes.
 - `to = "host"` beside a GPU with host memory to spare: no wear, and PCIe is faster than most disks.
 - Not on a network file system, not on one in memory: both are told. A disk that is worn out within a year is told.
 - Learning rate, batch and seeds stay as they are. On a CPU it shows what it saves; a step takes longer there, since the
