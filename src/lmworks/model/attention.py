@@ -156,10 +156,27 @@ def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tens
     elif reach.spans is not None:
         mixed_BNTh = _span_by_span(q_BNTh, k_BGKh, v_BGKh, reach.spans)
     else:
+        if grouped and q_BNTh.is_cuda and not takes_groups(q_BNTh, masked=reach.mask is not None):
+            k_BGKh, v_BGKh, grouped = *_repeated(q_BNTh, k_BGKh, v_BGKh), False
         mixed_BNTh = F.scaled_dot_product_attention(
             q_BNTh, k_BGKh, v_BGKh, attn_mask=reach.mask, is_causal=reach.causal, enable_gqa=grouped
         )
     return mixed_BNTh.transpose(1, 2)
+
+
+def takes_groups(q_BNTh: Tensor, *, masked: bool) -> bool:
+    """Whether a fused kernel of GPUs lets several query heads read one head of keys.
+
+    Only those for half precision without a mask and heads of up to 256 do (torch 2.11 to 2.13). For all else torch goes
+    to its plain formula without a word, which writes down a score for each pair of tokens.
+    """
+    return q_BNTh.dtype in (torch.bfloat16, torch.float16) and not masked and q_BNTh.shape[-1] <= 256
+
+
+def _repeated(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head of their own for each query head: (B, N, K, h)."""
+    times = q_BNTh.shape[1] // k_BGKh.shape[1]
+    return k_BGKh.repeat_interleave(times, 1), v_BGKh.repeat_interleave(times, 1)
 
 
 def _span_by_span(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, spans: tuple[Span, ...]) -> Tensor:
