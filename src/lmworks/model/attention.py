@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.model import ops
+from lmworks.model.block_mask import block_mask
 from lmworks.model.cache import BlockCache
 from lmworks.model.layers import Linear, RMSNorm
 from lmworks.model.sizes import BlockSizes
@@ -123,24 +124,6 @@ def boolean_mask(new: int, keys: int, window: int | None, documents_BK: Tensor |
         return seen[None, None]
     same = documents_BK[:, -new:, None] == documents_BK[:, None, :]
     return (seen & same)[:, None]
-
-
-def block_mask(
-    batch: int, length: int, window: int | None, documents_BT: Tensor | None, device: torch.device
-) -> BlockMask:
-    """FlexAttention's block mask for a causal, possibly windowed and packed, square."""
-    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415  (GPU only)
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = k <= q
-        if window is not None:
-            allowed = allowed & (k > q - window)
-        if documents_BT is not None:
-            allowed = allowed & (documents_BT[b, q] == documents_BT[b, k])
-        return allowed
-
-    rows = batch if documents_BT is not None else None
-    return create_block_mask(seen, rows, None, length, length, device=str(device))
 
 
 def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tensor:
