@@ -42,7 +42,8 @@ class Linear(nn.Linear):
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module is no more than its formula: an unchanged Linear that nobody listens to.
 
-    An adapter in its place or a hook must be called; then layers that could be computed together are not.
+    An adapter or another product in its place, or a hook, must be called; then layers that could be computed together
+    are not.
     """
     hooks = (
         module._forward_hooks,
@@ -50,7 +51,7 @@ def is_plain(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is Linear and not any(hooks)
+    return type(module) is Linear and module.product is ops.linear and not any(hooks)
 
 
 class Embedding(nn.Module):
