@@ -81,7 +81,7 @@ def sweep(arm: str, options: argparse.Namespace) -> dict[str, Any]:
             too_many = rows
             break
     built.step.close()
-    return {"stays": stays, "points": points, "too_many": too_many, "told": list(built.told)}
+    return {"stays": stays, "points": points, "too_many": too_many, "told": list(built.notes)}
 
 
 def point(built: Built, rows: int, steps: int, stays: dict[str, int]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def run_one(arm: str, options: argparse.Namespace) -> dict[str, Any]:
             waiting = step.books.peak
         if index >= max(options.warmup, 2):
             seconds.append(time.perf_counter() - start)
-    found = {"seconds": seconds, "loss": loss, "told": list(built.told), "idle_share": idle_share(built)}
+    found = {"seconds": seconds, "loss": loss, "told": list(built.notes), "idle_share": idle_share(built)}
     step.close()
     counted = None if built.recipe.compile else waiting  # compiled blocks save what the ledger cannot see
     flops = built.cost.train_flops_per_token

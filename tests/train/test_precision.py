@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_told(text: Path, cache: Path, tmp_path: Path) -> N
 def test_experts_are_told(text: Path, cache: Path) -> None:
     model = FITTING | {"experts": {"count": 4, "size": 16}}
     made = build(settle(recipe(text, cache, "float8", model=model)))
-    assert made.told == ("experts and routers stay in bf16; the other products of the blocks are in float8",)
+    assert made.notes == ("experts and routers stay in bf16; the other products of the blocks are in float8",)
 
 
 @needs_torchao

@@ -42,7 +42,7 @@ class Built:
     step: Step
     cost: Cost
     dtype: torch.dtype
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     """What people should know about it, in sentences."""
 
     @property
@@ -104,11 +104,11 @@ def build(
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
     books = Ledger()
     caches: list[TensorCache] = []
-    told: list[str] = []
+    notes: list[str] = []
 
     def arrange(chunk: Backbone) -> None:
         """How blocks multiply, what they keep for the backward pass, and their compiled form."""
-        told.extend(precision.arrange(chunk, recipe.precision))
+        notes.extend(precision.arrange(chunk, recipe.precision))
         caches.extend(recipe.saved.apply(chunk, None if recipe.compile else books))
         if recipe.compile:
             chunk.compile_blocks()
@@ -133,7 +133,7 @@ def build(
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
     return Built(
-        recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype, told=tuple(told)
+        recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype, notes=tuple(notes)
     )
 
 
