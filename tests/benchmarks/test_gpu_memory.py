@@ -87,6 +87,16 @@ def test_bars_compare_equal_micro_batches() -> None:
     assert all(bar.is_met for bar in (less, slower, state))
 
 
+def test_ratios_are_of_equal_micro_batches() -> None:
+    import gpu_memory
+
+    coat = sweep(50, 0.5)
+    coat["points"][0]["micro"] = 9
+    found = {"eager": sweep(100, 1.0), "coat-both": coat}
+    assert gpu_memory.ratios(found) == [{"arm": "coat-both", "micro": 2, "speed": 2.0, "activations": 0.5}]
+    assert any("2 rows: 2.00 x eager's speed  0.50 of its activations" in line for line in gpu_memory.report(found))
+
+
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     import gpu_picture
 
