@@ -14,6 +14,7 @@ Without a GPU, to try the program itself: python benchmarks/gpu_memory.py --devi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -68,20 +69,37 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def sweep(arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Each micro-batch in turn, from the smallest, until memory ends."""
-    built = opened(arm, options, options.folder, rows=options.batch)
-    built.step()  # the optimizer makes its state
-    stays = held(built)
+    """Each micro-batch in turn, from the smallest, until memory ends.
+
+    Where saved tensors go out, what goes out may have been planned from the first steps: then each begins anew.
+    """
     points: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
     too_many = None
+    built: Built | None = None
     for rows in sorted(options.micro):
         try:
-            points.append(point(built, rows, options.steps, stays))
+            if built is not None and built.step.caches:
+                built.step.close()
+                built = None
+            if built is None:
+                built = ready(arm, options, rows)
+                facts = {"stays": held(built), "notes": list(built.notes)}
+            points.append(point(built, rows, options.steps, facts["stays"]))
         except torch.OutOfMemoryError:
             too_many = rows
             break
-    built.step.close()
-    return {"stays": stays, "points": points, "too_many": too_many, "told": list(built.notes)}
+    if built is not None:
+        built.step.close()
+    return {"points": points, "too_many": too_many, **facts}
+
+
+def ready(arm: str, options: argparse.Namespace, rows: int) -> Built:
+    """A run after its first step, in which the optimizer makes its state."""
+    gc.collect()
+    built = opened(arm, options, options.folder, rows=rows)
+    built.step()
+    return built
 
 
 def point(built: Built, rows: int, steps: int, stays: dict[str, int]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def run_one(arm: str, options: argparse.Namespace) -> dict[str, Any]:
             waiting = step.books.peak
         if index >= max(options.warmup, 2):
             seconds.append(time.perf_counter() - start)
-    found = {"seconds": seconds, "loss": loss, "told": list(built.notes), "idle_share": idle_share(built)}
+    found = {"seconds": seconds, "loss": loss, "notes": list(built.notes), "idle_share": idle_share(built)}
     step.close()
     counted = None if built.recipe.compile else waiting  # compiled blocks save what the ledger cannot see
     flops = built.cost.train_flops_per_token
@@ -126,7 +126,7 @@ def summary(runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> list
             row["mfu"] = spread([tokens * good[0]["train_flops_per_token"] / s / rate for s in seconds.each])
             row["mfu_against"] = source
             row["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in good)
-            rows.append(row | {name: good[-1][name] for name in ("ledger_peak_bytes", "idle_share", "told")})
+            rows.append(row | {name: good[-1][name] for name in ("ledger_peak_bytes", "idle_share", "notes")})
     return rows
 
 

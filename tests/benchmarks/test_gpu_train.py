@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str], mo
 
 
 def run(arm: str, turn: int, seconds: float, **facts: Any) -> dict[str, Any]:
-    plain = {"loss": 1.0, "told": [], "idle_share": 0.1, "ledger_peak_bytes": 5, "peak_memory_bytes": 10 * turn}
+    plain = {"loss": 1.0, "notes": [], "idle_share": 0.1, "ledger_peak_bytes": 5, "peak_memory_bytes": 10 * turn}
     return {"arm": arm, "round": turn, "seconds": [9 * seconds, seconds, seconds], "train_flops_per_token": 100.0} | {
         **plain,
         **facts,
