@@ -88,7 +88,7 @@ def idle_share(built: Built) -> float | None:
     """The share of one more step in which the GPU had nothing to do; None on a CPU. What CUDA graphs could win."""
     if built.device.type != "cuda":
         return None
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         start = time.perf_counter()
         built.step()
         wait_for(built.device)

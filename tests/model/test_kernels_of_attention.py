@@ -20,7 +20,7 @@ FUSED = {"flash", "cudnn", "efficient"}
 
 def kernels(run: Callable[[], Any]) -> set[str]:
     """The short names of the attention kernels that were called: flash, cudnn, efficient, math."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         run()
     names = {event.key for event in seen.key_averages()}
     told = {

@@ -11,6 +11,7 @@ attention, routers and experts are no `Linear` of a block, and stay as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.core.need import need
+from lmworks.maths.float8 import E4M3
 from lmworks.model import ops
 from lmworks.model.backbone import Backbone
 from lmworks.model.layers import Linear, Product
@@ -53,19 +55,37 @@ def float8_product(scales: Scales) -> Product:
     """(x, weight, bias) -> x W^T + b with a gradient in float8, by torchao. Raises MissingExtra."""
     with _without_log():
         library = need("torchao.float8", extra="gpu", why="a product in float8")
-        with torch.device("meta"):
-            bare = nn.Linear(MULTIPLE, MULTIPLE, bias=False)
-        config = library.Float8LinearConfig.from_recipe_name(scales)
-        layer: Any = library.convert_to_float8_training(bare, config=config)
+        on_gpu, on_cpu = (_layer(library, scales, emulate=emulate) for emulate in (False, not _cpu_takes(scales)))
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = x.shape[:-1].numel()
         if not _trains() or tokens % MULTIPLE:
             return ops.linear(x, weight, bias)
-        out: Tensor = torch.func.functional_call(layer, {"weight": weight}, (x,))  # a layer without values of its own
+        layer = on_cpu if x.device.type == "cpu" else on_gpu
+        out: Tensor = torch.func.functional_call(layer, {"weight": weight}, (x,))
         return out if bias is None else out + bias.to(out.dtype)
 
     return product
+
+
+def _layer(library: Any, scales: Scales, *, emulate: bool) -> nn.Module:
+    """torchao's linear layer without values of its own. `emulate`: codes are multiplied in float32."""
+    config = dataclasses.replace(library.Float8LinearConfig.from_recipe_name(scales), emulate=emulate)
+    with torch.device("meta"):
+        bare = nn.Linear(MULTIPLE, MULTIPLE, bias=False)
+    layer: nn.Module = library.convert_to_float8_training(bare, config=config)
+    return layer
+
+
+def _cpu_takes(scales: Scales) -> bool:
+    """Whether this torch multiplies codes with such scales on a CPU; 2.11 has no product for a scale a row."""
+    codes = torch.zeros(MULTIPLE, MULTIPLE, dtype=E4M3.dtype)
+    one = torch.ones(()) if scales == "tensorwise" else torch.ones(MULTIPLE, 1)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale_a=one, scale_b=one.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _trains() -> bool:
