@@ -20,12 +20,13 @@ SAY  := @printf '\n==> %s\n'
 QUIET_CPU := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types floors docs check clean
+.PHONY: help demo test gpu lint types floors docs check clean
 
 help:
 	@echo 'make demo   make $(VENV), install lmworks, run `lmworks quickstart` (first call: a few minutes)'
 	@echo 'make test   make $(VENV) with the tools of developers, run every test'
 	@echo 'make check  lint, types, floors and docs'
+	@echo 'make gpu    the tests and benchmarks that need a GPU, below 10 minutes; GPU_PYTHON=python3: an environment that is there'
 
 demo: $(VENV)/.lmworks
 	$(SAY) 'Running lmworks quickstart: train, get killed, resume, sample, export, prove the export'
@@ -34,6 +35,18 @@ demo: $(VENV)/.lmworks
 test: $(VENV)/.lmworks-dev
 	$(SAY) 'Running every test in two processes (the 15 slowest are listed at the end)'
 	$(QUIET_CPU) $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(TEST_ARGS)
+
+# An interpreter of one's own is taken as it is: GPU machines often come with theirs.
+GPU_READY := $(if $(filter undefined,$(origin GPU_PYTHON)),$(VENV)/.lmworks-dev)
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(GPU_READY)
+	$(SAY) 'Running the tests that need a GPU, then both benchmarks; records go to benchmarks/evidence/'
+	@worst=0; export PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	$(GPU_PYTHON) -m pytest -m gpu $(TEST_ARGS) || worst=$$?; \
+	$(GPU_PYTHON) benchmarks/gpu_train.py --rounds 1 --minutes 3.5 || worst=$$?; \
+	$(GPU_PYTHON) benchmarks/gpu_memory.py --minutes 3.5 --micro 8 16 32 --loss-steps 100 \
+	  --arms eager recompute recompute-selective ssdtrain-host coat-optimizer coat-both || worst=$$?; \
+	exit $$worst
 
 lint: $(VENV)/.lmworks-dev
 	$(BIN)/ruff check .

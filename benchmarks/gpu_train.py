@@ -1,8 +1,9 @@
-"""lmworks' training step on one GPU: eager, compiled, and compiled with float8 products where torchao is installed.
+"""lmworks' training step on one GPU: eager, compiled, in float8, and with less memory in several ways.
 
-Trains a 1B Llama shape (Llama-3.2-1B) in bf16 on random tokens with the parts of `lmworks train`: step, model, loss,
-AdamW and clipping. Arms take turns, each in a process of its own. Reported: tokens/s, model FLOPs utilisation (MFU) of
-the dense bf16 datasheet rate, peak memory. MFU of float8 is also against the bf16 rate, so that arms can be compared.
+Trains a 1B Llama shape (Llama-3.2-1B) on random tokens. Every arm is a recipe that goes the way of `lmworks train`
+(gpu_arms.py), in a process of its own; arms take turns while the minutes last. Reported: tokens/s, model FLOPs
+utilisation (MFU) of the dense bf16 datasheet rate (float8's too, so that arms can be compared), peak memory, the most
+bytes that waited for the backward pass, and the share of a step in which no kernel ran.
 
 Example: python benchmarks/gpu_train.py
 Without a GPU, to try the program itself: python benchmarks/gpu_train.py --device cpu --size toy --rounds 1
@@ -11,68 +12,27 @@ Without a GPU, to try the program itself: python benchmarks/gpu_train.py --devic
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import evidence_file
 import torch
-from cases import size
-from torch import nn
-from verdicts import Verdict, spread
+from gpu_arms import ARMS, IN_BF16, SHAPES, Budget, opened, those_that_run, wait_for, write_rows
+from torch.profiler import ProfilerActivity, profile
+from verdicts import Spread, Verdict, spread
 
-from lmworks.data.load import Batch
-from lmworks.model.decoder import DecoderConfig
-from lmworks.model.init import initialise
-from lmworks.parallel.apply import whole
-from lmworks.train.gradient import Clip
-from lmworks.train.objective import CrossEntropy
-from lmworks.train.optim import AdamW
-from lmworks.train.probe import Probe
+from lmworks.train.build import Built
 from lmworks.train.rate import peak_flops, peak_memory_bytes
-from lmworks.train.slots import SelectAll
-from lmworks.train.step import Step
 
-SIZES = {
-    "1b": DecoderConfig(**asdict(size("llama-3.2-1b"))),
-    "toy": DecoderConfig(vocab_size=512, n_layers=2, hidden_size=64, n_heads=4, n_kv_heads=2, ffn_size=128, tied=True),
-}
-ARMS = ("eager", "compile", "float8")
 MFU_BAR, FLOAT8_BAR = 0.55, 1.4
-
-
-class RandomRows:
-    """A source of random tokens that are on the device already, one document per row."""
-
-    def __init__(self, vocab: int, sequence: int, device: torch.device) -> None:
-        self._vocab, self._sequence, self._device = vocab, sequence, device
-        self._generator = torch.Generator(device=device).manual_seed(0)
-
-    def draw(self, rows: int) -> Batch:
-        """New rows; the targets are the tokens one place on."""
-        shape = (rows, self._sequence + 1)
-        ids = torch.randint(self._vocab, shape, generator=self._generator, device=self._device)
-        positions = torch.arange(self._sequence, device=self._device).expand(rows, -1)
-        return Batch(
-            ids[:, :-1].contiguous(),
-            ids[:, 1:].contiguous(),
-            positions,
-            torch.zeros_like(positions),
-            torch.zeros_like(positions),
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Nothing is resumed here."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Nothing is resumed here."""
+TURNS = ("size", "device", "batch", "sequence", "steps", "warmup")
+"""Options that a run of one arm is given."""
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,110 +44,119 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--size", choices=SHAPES, default="1b")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batch", type=int, default=8, help="rows of a step; default: %(default)s")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens of a row; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="at most; default: %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a run; default: %(default)s")
     parser.add_argument("--warmup", type=int, default=5, help="dropped steps of a run; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no run begins that would not end; default: 9")
     parser.add_argument("--json", action="store_true", help="the record on standard output instead of the table")
     parser.add_argument("--no-evidence", action="store_true", help="write no record")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=ARMS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def to_float8(model: nn.Module, *, emulate: bool) -> None:
-    """Float8 products in every linear layer of the blocks (torchao, dynamic scales per tensor)."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    config = Float8LinearConfig(emulate=emulate)
-    convert_to_float8_training(model.get_submodule("blocks"), config=config)
-
-
-def step_of(arm: str, options: argparse.Namespace) -> Step:
-    """The parts of a training step, wired as `lmworks train` wires them."""
-    device, config = torch.device(options.device), SIZES[options.size]
-    model = config.build(dtype=torch.bfloat16, device=device)
-    initialise(model, 0)
-    if arm == "float8":
-        to_float8(model, emulate=device.type == "cpu")
-    if arm != "eager":
-        for block in model.get_submodule("blocks").children():
-            block.compile()
-    objective, optimizer = CrossEntropy(), AdamW(lr=3e-4)
-    return Step(
-        placement=whole(model),
-        source=RandomRows(config.vocab_size or 0, options.sequence, device),
-        selector=SelectAll().start(model, optimizer, {"random": 1.0}),
-        objective=objective,
-        gradient=(Clip(),),
-        update=optimizer.build(model),
-        probe=Probe(model, objective, seed=0),
-        rows=options.batch,
-        micro_rows=options.batch,
-    )
-
-
 def run_one(arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Time one arm in this process. A step ends when its loss has reached the host, so no further wait is needed."""
-    step = step_of(arm, options)
-    seconds, loss = [], 0.0
-    for index in range(options.warmup + options.steps):
+    """Time one arm in this process. The second step is counted by the ledger, as in a run; it is never timed."""
+    built = opened(arm, options, options.folder, rows=options.batch)
+    step, seconds, loss, waiting = built.step, [], 0.0, 0
+    for index in range(max(options.warmup, 2) + options.steps):
+        step.books.on = index == 1
         start = time.perf_counter()
         loss = step().loss
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        if index >= options.warmup:
+        wait_for(built.device)
+        if index == 1:
+            waiting = step.books.peak
+        if index >= max(options.warmup, 2):
             seconds.append(time.perf_counter() - start)
-    peak = peak_memory_bytes(torch.device(options.device))
-    return {"seconds": seconds, "loss": loss, "peak_memory_bytes": peak}
+    found = {"seconds": seconds, "loss": loss, "notes": list(built.notes), "idle_share": idle_share(built)}
+    step.close()
+    counted = None if built.recipe.compile else waiting  # compiled blocks save what the ledger cannot see
+    flops = built.cost.train_flops_per_token
+    return {
+        **found,
+        "peak_memory_bytes": peak_memory_bytes(built.device),
+        "ledger_peak_bytes": counted,
+        "train_flops_per_token": flops,
+    }
 
 
-def run_rounds(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every arm in turn, `rounds` times, each in a process of its own."""
-    runs = []
+def idle_share(built: Built) -> float | None:
+    """The share of one more step in which the GPU had nothing to do; None on a CPU. What CUDA graphs could win."""
+    if built.device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        start = time.perf_counter()
+        built.step()
+        wait_for(built.device)
+        wall = time.perf_counter() - start
+    busy = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+    return max(0.0, 1 - busy / wall)
+
+
+def run_rounds(options: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
+    """Every arm in turn, up to `rounds` times, each in a process of its own, while there is time."""
+    runs: list[dict[str, Any]] = []
+    given = [f"--{name}={getattr(options, name)}" for name in TURNS]
     for turn in range(1, options.rounds + 1):
         for arm in options.arms:
-            settings = [
-                f"--{k}={getattr(options, k)}" for k in ("device", "size", "batch", "sequence", "steps", "warmup")
-            ]
-            command = [sys.executable, __file__, f"--one={arm}", *settings]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = done.stdout.strip().splitlines()
-            run = json.loads(lines[-1]) if done.returncode == 0 else {"failed": done.stderr.strip()[-2000:]}
+            if not budget.has_room():
+                print(f"no time is left for {arm} in round {turn}: --minutes {options.minutes}", file=sys.stderr)
+                continue
+            run = budget.run([sys.executable, __file__, f"--one={arm}", f"--folder={options.folder}", *given])
             runs.append({"arm": arm, "round": turn, **run})
             word = run["failed"].splitlines()[-1] if "failed" in run else f"{median(run['seconds']) * 1e3:.1f} ms"
-            print(f"round {turn}/{options.rounds}  {arm:<8} {word}", file=sys.stderr, flush=True)
+            print(f"round {turn}/{options.rounds}  {arm:<20} {word}", file=sys.stderr, flush=True)
     return runs
 
 
-def summary(runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Verdict]]:
-    """A row per arm, and the bars that the runs can be held against."""
-    device = torch.device(options.device)
-    rate, source = peak_flops(device, torch.bfloat16)
-    flops = SIZES[options.size].cost(sequence=options.sequence).train_flops_per_token
+def summary(runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per arm that ran."""
+    rate, source = peak_flops(torch.device(options.device), torch.bfloat16)
     tokens = options.batch * options.sequence
     rows: list[dict[str, Any]] = []
     for arm in options.arms:
         good = [run for run in runs if run["arm"] == arm and "failed" not in run]
         if good:
             seconds = spread([median(run["seconds"]) for run in good])
-            mfu = spread([tokens * flops / s / rate for s in seconds.each])
-            peak = max(run["peak_memory_bytes"] for run in good)
-            rows.append({"arm": arm, "step_seconds": seconds, "mfu": mfu, "peak_memory_bytes": peak})
-            rows[-1] |= {"tokens_per_second": tokens / seconds.median, "mfu_against": source}
-    by_arm = {row["arm"]: row for row in rows}
+            row = {"arm": arm, "step_seconds": seconds, "tokens_per_second": tokens / seconds.median}
+            row["mfu"] = spread([tokens * good[0]["train_flops_per_token"] / s / rate for s in seconds.each])
+            row["mfu_against"] = source
+            row["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in good)
+            rows.append(row | {name: good[-1][name] for name in ("ledger_peak_bytes", "idle_share", "notes")})
+    return rows
+
+
+def bars_of(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """The bars that the rows can be held against."""
     bars = []
-    bf16 = [row for row in rows if row["arm"] != "float8"]
-    if bf16:
+    by_arm = {row["arm"]: row for row in rows}
+    if bf16 := [row for row in rows if row["arm"] in IN_BF16]:
         best = max(bf16, key=lambda row: row["mfu"].median)
         bars.append(Verdict(what="MFU in bf16", bar=MFU_BAR, at_least=True, value=best["mfu"], against=best["arm"]))
         if "float8" in by_arm:
-            pairs = zip(best["step_seconds"].each, by_arm["float8"]["step_seconds"].each, strict=False)
-            faster = spread([ours / theirs for ours, theirs in pairs])
-            bars.append(Verdict(what="float8 against bf16", bar=FLOAT8_BAR, at_least=True, value=faster))
-    return rows, bars
+            faster = ratio(best["step_seconds"], by_arm["float8"]["step_seconds"])
+            bars.append(
+                Verdict(what="float8 against bf16", bar=FLOAT8_BAR, at_least=True, value=faster, against=best["arm"])
+            )
+    return bars
+
+
+def ratio(of: Spread, to: Spread) -> Spread:
+    """Round by round, as far as both have rounds."""
+    return spread([a / b for a, b in zip(of.each, to.each, strict=False)])
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    speed = f"{row['step_seconds'].median * 1e3:9.1f} ms  {row['tokens_per_second']:9.0f} tok/s"
+    waits = f"{row['ledger_peak_bytes'] / 2**30:6.2f} GiB saved" if row["ledger_peak_bytes"] is not None else ""
+    idle = f"{100 * row['idle_share']:4.1f} % idle" if row["idle_share"] is not None else ""
+    peak = f"{row['peak_memory_bytes'] / 2**30:6.2f} GiB"
+    return f"{row['arm']:<20} {speed}  MFU {row['mfu'].text()}  {peak}  {waits}  {idle}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,21 +168,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.one:
         print(json.dumps(run_one(options.one, options)))
         return 0
-    if importlib.util.find_spec("torchao") is None and "float8" in options.arms:
-        print("float8 is left out: torchao is not installed (extra gpu)", file=sys.stderr)
-        options.arms = [arm for arm in options.arms if arm != "float8"]
-    record = evidence_file.head("gpu_train") | {"settings": vars(options)}
+    record = evidence_file.head("gpu_train") | {"settings": {k: v for k, v in vars(options).items() if k != "folder"}}
     if options.device == "cuda":
         record["gpu"] = torch.cuda.get_device_name()
-    runs = run_rounds(options)
-    rows, bars = summary(runs, options)
-    record |= {"arms": rows, "bars": [bar.table() for bar in bars], "runs": runs}
+    with tempfile.TemporaryDirectory() as name:
+        options.folder, budget = Path(name), Budget(options.minutes)
+        write_rows(options.folder, options)
+        left = those_that_run(options, options.folder)
+        runs = run_rounds(options, budget)
+    rows = summary(runs, options)
+    bars = bars_of(rows)
+    lines = {arm: ARMS[arm].line for arm in options.arms}
+    record |= {"lines": lines, "arms": rows, "left_out": left, "bars": [bar.table() for bar in bars], "runs": runs}
     text = json.dumps(record, indent=1, default=vars)
-    if options.json:
-        print(text)
-    for row in [] if options.json else rows:
-        speed = f"{row['step_seconds'].median * 1e3:9.1f} ms  {row['tokens_per_second']:9.0f} tok/s"
-        print(f"{row['arm']:<8} {speed}  MFU {row['mfu'].text()}  {row['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(text if options.json else "\n".join(line(row) for row in rows))
     for bar in [] if options.json else bars:
         print(f"{bar.what}: {bar.value.text()}, bar >= {bar.bar}: {bar.word()}")
     if not options.no_evidence:

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The scripts import each other by name, as Python finds them when one is started."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = {path.stem for path in BENCHMARKS.glob("*.py")} | {"peers"}
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] in names]:
-        del sys.modules[name]
 
 
 def run(arm: str, turn: int, seconds: list[float], **facts: Any) -> dict[str, Any]:

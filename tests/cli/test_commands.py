@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -174,6 +175,7 @@ def test_the_doctor_finds_training_in_order(lmworks: Command) -> None:
     answer = lmworks("doctor", "--json")
     found = {row["what"]: row["state"] for row in json.loads(answer.out)}
     assert found["python"] == found["training"] == found["cache"] == "ok"
+    assert found["float8"] == ("ok" if importlib.util.find_spec("torchao") is not None else "absent")
     assert answer.code == (1 if "broken" in found.values() else 0)
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lmworks.model import ops, tiles
-from lmworks.model.attention import Reach, attend, block_mask, boolean_mask, reach
+from lmworks.model.attention import Reach, attend, boolean_mask, reach
+from lmworks.model.block_mask import block_mask
 from lmworks.model.decoder import SwiGLU
 from lmworks.model.rotary import RopeScaling, Rotary
 from tests.model.toy import built

@@ -110,6 +110,28 @@ def _training() -> str:
     return "forward, backward and an update lower the loss"
 
 
+def _float8() -> str:
+    from importlib import util
+
+    if util.find_spec("torchao") is None:
+        raise _Absent("precision = 'float8' needs torchao: pip install 'lmworks[gpu]'")
+    import torch
+
+    from lmworks.model.float8 import float8_product
+    from lmworks.train.precision import CAPABILITY
+
+    cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.get_device_capability() < CAPABILITY:
+        raise _Absent("this GPU has no products for eight-bit floats (compute capability 8.9 or more)")
+    x, weight = (torch.randn(64, 64, device="cuda" if cuda else "cpu", requires_grad=True) for _ in range(2))
+    found = float8_product("tensorwise")(x.bfloat16(), weight, None)
+    torch.autograd.backward(found.sum())
+    error = float((found - x @ weight.t()).norm().detach() / found.norm().detach())
+    if not error < 0.1:
+        raise RuntimeError(f"a product in float8 is off by {100 * error:.0f} %")
+    return "a product and its gradients work" + ("" if cuda else ", slowly: a CPU is for trying a recipe")
+
+
 def _compiler() -> str:
     import shutil
 
@@ -162,6 +184,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "python": _python,
     "products": _products,
     "gpu": _gpu,
+    "float8": _float8,
     "training": _training,
     "C++ compiler": _compiler,
     "cache": _cache,

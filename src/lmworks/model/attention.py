@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.model import ops
+from lmworks.model.block_mask import block_mask
 from lmworks.model.cache import BlockCache
 from lmworks.model.layers import Linear, RMSNorm
 from lmworks.model.sizes import BlockSizes
@@ -125,24 +126,6 @@ def boolean_mask(new: int, keys: int, window: int | None, documents_BK: Tensor |
     return (seen & same)[:, None]
 
 
-def block_mask(
-    batch: int, length: int, window: int | None, documents_BT: Tensor | None, device: torch.device
-) -> BlockMask:
-    """FlexAttention's block mask for a causal, possibly windowed and packed, square."""
-    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415  (GPU only)
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = k <= q
-        if window is not None:
-            allowed = allowed & (k > q - window)
-        if documents_BT is not None:
-            allowed = allowed & (documents_BT[b, q] == documents_BT[b, k])
-        return allowed
-
-    rows = batch if documents_BT is not None else None
-    return create_block_mask(seen, rows, None, length, length, device=str(device))
-
-
 def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tensor:
     """softmax(q k^T / sqrt(h)) v within the reach: (B, T, N, h). Query head n reads group n // (N / G)."""
     if reach.by is not None:
@@ -156,10 +139,27 @@ def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tens
     elif reach.spans is not None:
         mixed_BNTh = _span_by_span(q_BNTh, k_BGKh, v_BGKh, reach.spans)
     else:
+        if grouped and q_BNTh.is_cuda and not takes_groups(q_BNTh, masked=reach.mask is not None):
+            k_BGKh, v_BGKh, grouped = *_repeated(q_BNTh, k_BGKh, v_BGKh), False
         mixed_BNTh = F.scaled_dot_product_attention(
             q_BNTh, k_BGKh, v_BGKh, attn_mask=reach.mask, is_causal=reach.causal, enable_gqa=grouped
         )
     return mixed_BNTh.transpose(1, 2)
+
+
+def takes_groups(q_BNTh: Tensor, *, masked: bool) -> bool:
+    """Whether a fused kernel of GPUs lets several query heads read one head of keys.
+
+    Only those for half precision without a mask and heads of up to 256 do (torch 2.11 to 2.13). For all else torch goes
+    to its plain formula without a word, which writes down a score for each pair of tokens.
+    """
+    return q_BNTh.dtype in (torch.bfloat16, torch.float16) and not masked and q_BNTh.shape[-1] <= 256
+
+
+def _repeated(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head of their own for each query head: (B, N, K, h)."""
+    times = q_BNTh.shape[1] // k_BGKh.shape[1]
+    return k_BGKh.repeat_interleave(times, 1), v_BGKh.repeat_interleave(times, 1)
 
 
 def _span_by_span(q_BNTh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, spans: tuple[Span, ...]) -> Tensor:

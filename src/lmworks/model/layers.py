@@ -6,10 +6,15 @@ was forgotten shows in the first loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lmworks.model import ops
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(..., in), (out, in), (out) or None -> (..., out), in the precision of the first."""
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -20,6 +25,9 @@ def empty(*shape: int) -> nn.Parameter:
 class Linear(nn.Linear):
     """y = x W^T + b, in the precision of x: the float32 master weight is cast here, in sight."""
 
+    product: Product = staticmethod(ops.linear)
+    """How it is computed where a gradient is wanted; `float8.py` puts another one here. Without one: `ops.linear`."""
+
     def reset_parameters(self) -> None:
         """Leave the values to `initialise`."""
         with torch.no_grad():
@@ -28,13 +36,14 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the precision of `input`."""
-        return ops.linear(input, self.weight, self.bias)
+        return self.product(input, self.weight, self.bias)
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module is no more than its formula: an unchanged Linear that nobody listens to.
 
-    An adapter in its place or a hook must be called; then layers that could be computed together are not.
+    An adapter or another product in its place, or a hook, must be called; then layers that could be computed together
+    are not.
     """
     hooks = (
         module._forward_hooks,
@@ -42,7 +51,7 @@ def is_plain(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is Linear and not any(hooks)
+    return type(module) is Linear and module.product is ops.linear and not any(hooks)
 
 
 class Embedding(nn.Module):

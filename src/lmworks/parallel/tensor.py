@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lmworks.core.errors import Problem, RecipeError
-from lmworks.model import ops
 from lmworks.model.axes import axes
 from lmworks.model.backbone import Backbone
 from lmworks.model.layers import Linear
@@ -94,7 +93,7 @@ class Reader(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, T, in / tp) -> (B, T, out); (B, T / tp, out) where tokens are divided."""
-        part = ops.linear(input, self.weight, None)
+        part = self.product(input, self.weight, None)
         if self.tokens_divided:
             out = crossing.scatter_sum(part, self.wire, "tp", 1)
         else:

@@ -15,7 +15,6 @@ from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.seeds import seed_for
 from lmworks.data.packed import Prepared
 from lmworks.data.tokenizer import Tokenizer, load_tokenizer
-from lmworks.generate.writer import DTYPES
 from lmworks.model.backbone import Backbone
 from lmworks.model.init import first_value
 from lmworks.model.pieces import Box
@@ -23,6 +22,7 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
+from lmworks.train import precision
 from lmworks.train.ledger import Ledger
 from lmworks.train.memory import keep_freed_memory, return_freed_memory
 from lmworks.train.offload import TensorCache, hints
@@ -42,6 +42,8 @@ class Built:
     step: Step
     cost: Cost
     dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+    """What people should know about it, in sentences."""
 
     @property
     def device(self) -> torch.device:
@@ -66,12 +68,12 @@ def settle(recipe: Train, world: int = 1) -> Train:
         raise RecipeError(
             [Problem(path="device", text="'cuda' was asked for, but torch sees no GPU here. Legal: cpu, auto")]
         )
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
+    kind = recipe.precision
+    if kind == "auto":
+        kind = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
     layout = recipe.layout.settle(world, recipe)
-    settled = dataclasses.replace(recipe, device=device, precision=precision, layout=layout)
-    if problems := problems_of(settled):
+    settled = dataclasses.replace(recipe, device=device, precision=kind, layout=layout)
+    if problems := [*problems_of(settled), *precision.problems_of(settled)]:
         raise RecipeError(problems)
     return settled
 
@@ -89,7 +91,8 @@ def build(
     `wire`: how this rank speaks to the others; left out, it is the only one. `resume` is the source's state in the
     checkpoint that is to go on: changed documents are refused before anything is made.
     """
-    wire, device, dtype = wire or alone(), device or torch.device(recipe.device), DTYPES[recipe.precision]
+    wire, device = wire or alone(), device or torch.device(recipe.device)
+    dtype = precision.compute_dtype(recipe.precision)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if device.type == "cpu":
@@ -101,9 +104,11 @@ def build(
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
     books = Ledger()
     caches: list[Sequence[TensorCache]] = []
+    notes: list[str] = []
 
     def arrange(chunk: Backbone) -> None:
-        """What blocks keep for the backward pass, and their compiled form."""
+        """How blocks multiply, what they keep for the backward pass, and their compiled form."""
+        notes.extend(precision.arrange(chunk, recipe.precision))
         caches.append(recipe.saved.apply(chunk, None if recipe.compile else books))
         if recipe.compile:
             chunk.compile_blocks()
@@ -129,7 +134,9 @@ def build(
         caches=[cache for found in caches for cache in found],
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
-    return Built(recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype)
+    return Built(
+        recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype, notes=tuple(notes)
+    )
 
 
 def _prepare(

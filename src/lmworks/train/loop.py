@@ -118,7 +118,7 @@ def _build(
 
     resume = None if stored is None else stored.state["source"]
     built = build(recipe, wire, device=device, progress=preparing, resume=resume)
-    for text in dropped(built.prepared.manifest["sources"]):
+    for text in (*dropped(built.prepared.manifest["sources"]), *built.notes):
         report.note(text)
     micro_batches = built.step.micro_batches
     if micro_batches < wire.layout.pp:

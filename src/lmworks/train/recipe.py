@@ -65,9 +65,10 @@ class Train:
     """Rows of one forward pass; left out: all rows of the step at once."""
     seed: NonNegativeInt = 0
     """Every random number of the run comes from it."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "float8", "float8-rowwise"] = "auto"
     """Of activations and products. Weights, gradients and optimizer state are float32 always. 'auto': bf16 where the
-    hardware has products for it, else fp32; the resolved recipe says which."""
+    hardware has products for it, else fp32; the resolved recipe says which. 'float8', 'float8-rowwise': bf16, with the
+    products of the blocks' linear layers in eight bits, one scale a tensor or one a row."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto': a GPU when there is one."""
     compile: bool = False
