@@ -88,6 +88,7 @@ SLOTS: dict[str, Shelf] = {
             "keep": Part("train.saved:Keep", "keep every saved tensor"),
             "recompute": Part("train.saved:Recompute", "recompute each block in the backward pass"),
             "offload": Part("train.saved:Offload", "send saved tensors to files or host memory, and back in time"),
+            "by-block": Part("train.by_block:ByBlock", "another policy for other blocks"),
         },
         default="keep",
     ),

@@ -42,8 +42,8 @@ class Work:
     """Of an activation."""
     weight_bytes: int = 4
     """Of a weight and of its gradient."""
-    recompute_every: int | None = None
-    """Blocks 0, every, ... run forward again in the backward pass."""
+    recomputed: frozenset[int] = frozenset()
+    """Blocks that run forward again in the backward pass."""
 
 
 def traffic(config: Shape, layout: Layout, rank: int, work: Work) -> dict[str, float]:
@@ -124,8 +124,7 @@ class _Part:
         return kept
 
     def _recomputed(self, block: int) -> bool:
-        every = self.work.recompute_every
-        return every is not None and block % every == 0
+        return block in self.work.recomputed
 
     def _tensor(self) -> float:
         n = self.layout.tp

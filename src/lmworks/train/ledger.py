@@ -113,22 +113,32 @@ class Ledger:
             yield
 
     def kept(self, x: Tensor, scope: str) -> Any:
-        """A counted handle on x; x itself where it is a weight."""
-        return x.detach() if is_parameter(x) else Kept(self, x, scope)
+        """A handle on x, counted where it is no weight."""
+        return Kept(x, scope, None if is_parameter(x) else Lease(self, x, scope))
 
 
 class Kept:
-    """A handle on a tensor that stays where it is."""
+    """A handle on a tensor that stays where it is. Autograd does not look for edits behind hooks: this does."""
 
-    __slots__ = ("_ledger", "_storage", "tensor")
+    __slots__ = ("_lease", "_scope", "_tensor", "_version")
 
-    def __init__(self, ledger: Ledger, x: Tensor, scope: str) -> None:
-        self._ledger, self.tensor = ledger, x.detach()
-        self._storage = ledger.find(x, scope)
-        ledger.count(self._storage)
+    def __init__(self, x: Tensor, scope: str, lease: Lease | None) -> None:
+        self._tensor, self._version = x.detach(), x._version
+        self._scope, self._lease = scope, lease
 
-    def __del__(self) -> None:
-        self._ledger.drop(self._storage)
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor. Raises RuntimeError when it was edited in place since it was saved."""
+        if self._tensor._version != self._version:
+            raise edited(self._scope)
+        return self._tensor
+
+
+def edited(scope: str) -> RuntimeError:
+    """A saved tensor is not what it was. As plain autograd, which says less."""
+    where = "outside of blocks" if scope == REST else f"in block {scope}"
+    text = f"a tensor that was saved {where} for the backward pass was changed in place after it was saved"
+    return RuntimeError(text)
 
 
 def _tensor_of(handle: Any) -> Tensor:

@@ -72,8 +72,8 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
     return folder
 
 
-MEASURE_EVERY = 100
-"""Steps between two counts of the bytes that wait for the backward pass; the second step is counted as well."""
+MEASURE_EVERY, MEASURE_AT = 100, 2
+"""Steps between two counts of the bytes that wait for the backward pass, and the first one that is counted."""
 DONE = Path("done")
 """Stands for a run that has reached its end."""
 
@@ -203,7 +203,7 @@ class Loop:
         self.events.step = progress.step + 1
         lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
         books = self.built.step.books
-        books.on = progress.step == 1 or progress.step % MEASURE_EVERY == 0
+        books.on = self.events.step == MEASURE_AT or self.events.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), time.time()
         result = self.built.step()
         seconds = time.perf_counter() - start

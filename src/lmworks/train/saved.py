@@ -5,22 +5,23 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lmworks.core.errors import Problem
 from lmworks.core.home import home
 from lmworks.core.recipe import NonNegativeInt, PositiveInt
+from lmworks.train import products
 from lmworks.train.backends import Disk, Host
 from lmworks.train.ledger import Ledger, counted_beside
 from lmworks.train.offload import TensorCache
-from lmworks.train.slots import Saved
+from lmworks.train.slots import BlockBytes, Held, Saved
 
 Forward = Callable[..., Any]
 
@@ -36,6 +37,10 @@ class Keep(Saved):
             block.forward = counted(block.forward, name, books)
         return ()
 
+    def held(self, blocks: Sequence[BlockBytes]) -> Sequence[Held]:
+        """All of it."""
+        return [Held(waiting=block.whole, working=0) for block in blocks]
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +49,30 @@ class Recompute(Saved):
 
     every: PositiveInt = 1
     """Recompute blocks 0, every, 2 * every, ...; the others keep their tensors."""
+    keep: Literal["input", "products"] = "input"
+    """What a block that is run again keeps: its input alone, or what its linear layers and fused attention gave as
+    well. Then only norms, activations, rotations and attention by tiles are run again."""
 
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the chosen blocks' forward. Names of parameters stay as they are."""
         for name, block in blocks.items():
-            chosen = int(name) % self.every == 0
-            forward = recomputed(block.forward, name, books) if chosen else block.forward
+            chosen = self.again(int(name))
+            forward = recomputed(block.forward, name, books, keep=self.keep) if chosen else block.forward
             block.forward = counted(forward, name, books)
         return ()
+
+    def again(self, block: int) -> bool:
+        """Of the chosen ones."""
+        return block % self.every == 0
+
+    def held(self, blocks: Sequence[BlockBytes]) -> Sequence[Held]:
+        """The input and what else is kept; the whole block while it is run again."""
+        found = []
+        for block in blocks:
+            waiting = block.entrance + (block.products if self.keep == "products" else 0)
+            waiting = waiting if self.again(block.number) else block.whole
+            found.append(Held(waiting=waiting, working=max(0, block.whole - waiting)))
+        return found
 
 
 @final
@@ -103,6 +124,10 @@ class Offload(Saved):
                 block.forward = counted(forward, name, books)
         return [cache]
 
+    def again(self, block: int) -> bool:
+        """Of all."""
+        return self.recompute
+
     def _backend(self) -> Disk | Host:
         if self.to == "host":
             return Host()
@@ -123,17 +148,32 @@ def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
     return with_books
 
 
-def recomputed(forward: Forward, name: str, books: Ledger | None) -> Forward:
-    """The same, run again in the backward pass."""
-    if books is None:
-        return functools.partial(checkpoint, forward, use_reentrant=False)
-    contexts = functools.partial(_contexts, name, books)
-    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+def recomputed(
+    forward: Forward, name: str, books: Ledger | None, *, keep: Literal["input", "products"] = "input"
+) -> Forward:
+    """The same, run again in the backward pass; without its products where those are kept.
+
+    Nobody counts in blocks that are compiled: there the compiler decides what is kept, by the same policy.
+    """
+
+    made = functools.partial(_contexts if keep == "input" else products.contexts, name, books)
+
+    # not a partial of torch's function: the compiler leaves those alone, with all that is in them
+    @functools.wraps(forward)
+    def again(*words: Any, **named: Any) -> Any:
+        if keep == "input" and books is None:
+            return checkpoint(forward, *words, use_reentrant=False, **named)
+        if torch.compiler.is_compiling():  # it wants the policy's name in sight
+            seen = functools.partial(create_selective_checkpoint_contexts, products.policy)
+            return checkpoint(forward, *words, use_reentrant=False, context_fn=seen, **named)
+        return checkpoint(forward, *words, use_reentrant=False, context_fn=made, **named)
+
+    return again
 
 
-def _contexts(name: str, books: Ledger) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(name: str, books: Ledger | None) -> products.Contexts:
     """What is entered around a block's first pass and around its second."""
-    return nullcontext(), counted_beside(books, name)
+    return nullcontext(), nullcontext() if books is None else products.Again(lambda: counted_beside(books, name))
 
 
 def _sent(forward: Forward, name: str, cache: TensorCache, *, first: bool) -> Forward:
