@@ -23,11 +23,12 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
+from lmworks.train.footprint import Footprint, predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.memory import keep_freed_memory
 from lmworks.train.offload import TensorCache
 from lmworks.train.probe import Probe
-from lmworks.train.rate import bf16_is_fast
+from lmworks.train.rate import bf16_is_fast, memory_bytes
 from lmworks.train.recipe import Train
 from lmworks.train.step import Step
 
@@ -42,6 +43,10 @@ class Built:
     step: Step
     cost: Cost
     dtype: torch.dtype
+    predicted: Footprint
+    """What this rank will take, told before anything was made."""
+    before: int = 0
+    """Bytes in use before the model was placed: the program itself."""
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +104,8 @@ def build(
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
     prepared = _prepare(recipe, wire, resume, progress)
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
+    told = predict(recipe, wire.layout, wire.rank, vocabulary=config.vocab_size)
+    before = memory_bytes(device)
     books = Ledger()
     caches: list[TensorCache] = []
 
@@ -127,7 +134,16 @@ def build(
         caches=caches,
     )
     cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
-    return Built(recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype)
+    return Built(
+        recipe=recipe,
+        prepared=prepared,
+        placement=placement,
+        step=step,
+        cost=cost,
+        dtype=dtype,
+        predicted=told,
+        before=before,
+    )
 
 
 def _prepare(

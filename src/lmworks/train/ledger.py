@@ -163,7 +163,15 @@ def counted_beside(ledger: Ledger, scope: str) -> Iterator[None]:
     pack, unpack = outer
 
     def both(x: Tensor) -> Any:
-        return pack(x) if is_parameter(x) else _Beside(pack(x), Lease(ledger, x, scope))
+        if is_parameter(x):
+            return pack(x)
+        lease = Lease(ledger, x, scope)
+        try:
+            return _Beside(pack(x), lease)
+        except Exception:
+            # with the last tensor checkpoint stops the pass by an error; it holds x all the same, and x the lease
+            x.untyped_storage().lease = lease  # type: ignore[attr-defined]  # storages take attributes
+            raise
 
     def through(handle: Any) -> Tensor:
         result: Tensor = unpack(handle.inner if isinstance(handle, _Beside) else handle)

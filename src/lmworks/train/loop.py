@@ -22,7 +22,8 @@ from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
 from lmworks.train.energy import Meter
-from lmworks.train.rate import memory_bytes, peak_flops
+from lmworks.train.footprint import in_words, listed, measured
+from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
 from lmworks.train.samples import must_fit_positions, sample
@@ -72,8 +73,9 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
     return folder
 
 
-MEASURE_EVERY, MEASURE_AT = 100, 2
-"""Steps between two counts of the bytes that wait for the backward pass, and the first one that is counted."""
+MEASURE_EVERY = 100
+"""Steps between two counts of the bytes that wait for the backward pass; the second step is counted as well, of each
+attempt: the first one still makes what is kept from step to step."""
 DONE = Path("done")
 """Stands for a run that has reached its end."""
 
@@ -137,6 +139,8 @@ class Loop:
         self.placement, self.wire = built.placement, built.wire
         self.recipe, self.report, self.events = built.recipe, records.report, records.events
         self.progress = Progress()
+        self.began = 0
+        """The step that this attempt goes on from."""
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
         self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
         rate, source = peak_flops(built.device, built.dtype)
@@ -147,6 +151,7 @@ class Loop:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
         if stored is not None:
             self._restore(stored)
+        self.began = self.progress.step
         self.wire.wait()  # all have read before anything is deleted
         later = self.checkpoints.forget_after(self.progress.step) if self.wire.rank == 0 else []
         if later:
@@ -203,11 +208,13 @@ class Loop:
         self.events.step = progress.step + 1
         lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
         books = self.built.step.books
-        books.on = self.events.step == MEASURE_AT or self.events.step % MEASURE_EVERY == 0
+        books.on = progress.step == self.began + 1 or self.events.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), time.time()
         result = self.built.step()
         seconds = time.perf_counter() - start
         self.events.write("step", start=begun, end=begun + seconds)
+        if books.on:
+            self._measure()
         progress.step += 1
         progress.tokens += result.targets
         progress.seconds += seconds
@@ -241,6 +248,21 @@ class Loop:
             seconds=seconds,
             validation=found,
         )
+
+    def _measure(self) -> None:
+        """What each class of memory takes, while gradients are there; told once."""
+        built, first = self.built, self.records.memory is None
+        seen = measured(
+            built.placement.model.parameters(),
+            built.step.update.state(),
+            saved=None if self.recipe.compile else built.step.books.peak,
+            logits=built.predicted.logits,
+            whole=most_bytes(built.device) - built.before,
+        )
+        self.records.memory = {"predicted": built.predicted.by_class(), "measured": seen.by_class()}
+        self.events.write("memory", predicted=built.predicted.by_class(), measured=seen.by_class())
+        if first:
+            self.report.note(f"memory: {in_words(seen.total)} beside the program: {listed(seen)}")
 
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"):

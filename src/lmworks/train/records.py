@@ -104,6 +104,8 @@ class Records:
         self.folder = run if self.first else run.of_rank(rank)
         axes = {axis: layout.place(rank, axis) for axis in AXES if layout.size(axis) > 1}
         self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes)
+        self.memory: dict[str, dict[str, int | None]] | None = None
+        """Bytes by class of this rank, predicted and measured; None before they were measured."""
         self._sinks: list[Writer] = []
         self._began = began
         self._wall_before = 0.0
@@ -188,6 +190,7 @@ class Records:
             "flops": progress.flops,
             "tokens_per_second": trained / progress.seconds,
             "peak_memory_bytes": progress.peak_memory_bytes,
+            "memory": self.memory or {"predicted": self.built.predicted.by_class()},
             "changes": progress.changes,
             "stopped": progress.stopped,
         }
