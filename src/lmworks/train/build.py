@@ -23,13 +23,14 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
-from lmworks.train.footprint import Footprint, predict
+from lmworks.train.footprint import predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.memory import keep_freed_memory
 from lmworks.train.offload import TensorCache
 from lmworks.train.probe import Probe
 from lmworks.train.rate import bf16_is_fast, memory_bytes
 from lmworks.train.recipe import Train
+from lmworks.train.shortage import Account, explained
 from lmworks.train.step import Step
 
 
@@ -43,10 +44,8 @@ class Built:
     step: Step
     cost: Cost
     dtype: torch.dtype
-    predicted: Footprint
-    """What this rank will take, told before anything was made."""
-    before: int = 0
-    """Bytes in use before the model was placed: the program itself."""
+    account: Account
+    """What is known of this rank's memory: told before anything was made."""
 
     @property
     def device(self) -> torch.device:
@@ -104,8 +103,44 @@ def build(
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
     prepared = _prepare(recipe, wire, resume, progress)
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
-    told = predict(recipe, wire.layout, wire.rank, vocabulary=config.vocab_size)
-    before = memory_bytes(device)
+    account = _account(recipe, wire, device, prepared, config)
+    with explained(account, lambda: "while the model was built", lambda: None):
+        placement, step = _place(recipe, wire, device, dtype, prepared, config)
+    cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
+    return Built(
+        recipe=recipe,
+        prepared=prepared,
+        placement=placement,
+        step=step,
+        cost=cost,
+        dtype=dtype,
+        account=account,
+    )
+
+
+def _account(recipe: Train, wire: Wire, device: torch.device, prepared: Prepared, config: Any) -> Account:
+    """What this rank will take, and what was there before."""
+    sources = prepared.manifest["sources"].values()
+    whole = sum(facts["weight"] for facts in sources)
+    splits = [(facts["weight"] / whole, facts["splits"]["training"]) for facts in sources]
+    document = max(1.0, sum(share * split["tokens"] / max(1, split["documents"]) for share, split in splits))
+    told = predict(recipe, wire.layout, wire.rank, vocabulary=config.vocab_size, document=document)
+    return Account(
+        recipe=recipe,
+        layout=wire.layout,
+        rank=wire.rank,
+        vocabulary=config.vocab_size,
+        document=document,
+        device=device,
+        before=memory_bytes(device),
+        predicted=told,
+    )
+
+
+def _place(
+    recipe: Train, wire: Wire, device: torch.device, dtype: torch.dtype, prepared: Prepared, config: Any
+) -> tuple[Placement, Step]:
+    """The model on its ranks, with first values, and the step around it."""
     books = Ledger()
     caches: list[TensorCache] = []
 
@@ -133,17 +168,7 @@ def build(
         books=books,
         caches=caches,
     )
-    cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
-    return Built(
-        recipe=recipe,
-        prepared=prepared,
-        placement=placement,
-        step=step,
-        cost=cost,
-        dtype=dtype,
-        predicted=told,
-        before=before,
-    )
+    return placement, step
 
 
 def _prepare(

@@ -5,11 +5,12 @@
     optimizer   its state once it has stepped
     saved       what waits for the backward pass, at its peak: blocks by their policy, and what is saved around them
     logits      one chunk of them, and its gradient
-    workspace   all else that the allocator had: results on their way, gathered weights, communication; never predicted
+    workspace   all else that the allocator had: results on their way, gathered weights, communication; a rule of thumb
+                beforehand: twice what a block saves
 
-`saved` is told for the forms that a CPU runs and for the plain ones of a GPU. Documents that are packed into a row see
-fewer keys than one that fills it, so where a CPU attends by tiles less is kept than is told. What compiled blocks keep
-the compiler decides.
+`saved` is told for the forms that a CPU runs and for the plain ones of a GPU; the scores of a CPU's tiles by the mean
+length of documents, or, before they were read, as if each filled its row. What compiled blocks keep, the compiler
+decides.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lmworks.generate.writer import DTYPES
 from lmworks.model.head import chunk_rows
-from lmworks.model.sizes import saved_scores
+from lmworks.model.tiles import MOST_KEYS, TILE, kept_scores
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.schedule import order
 from lmworks.parallel.shard import local
@@ -66,25 +67,30 @@ class Footprint:
         return max(CLASSES, key=lambda name: getattr(self, name) or 0)
 
 
-# --- told beforehand ----------------------------------------------------------------------------------------------------
+# --- told beforehand --------------------------------------------------------------------------------------------------
 
 
-def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int) -> Footprint:
-    """What a rank of a settled layout will take, from settings alone. `vocabulary`: rows of the token table."""
+def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int, document: float | None = None) -> Footprint:
+    """What a rank of a settled layout will take, from settings alone. `vocabulary`: rows of the token table.
+
+    `document`: tokens of a document on average, where that is known; None: documents fill their rows.
+    """
     shape = getattr(recipe.model, "shape", recipe.model)
     shape = dataclasses.replace(shape, vocab_size=vocabulary) if shape.vocab_size is None else shape
-    work = _Work.of(recipe, layout, shape)
+    work = _Work.of(recipe, layout, shape, document)
     parts = portions(shape, layout, rank, sequence=work.sequence)
     trained = {name: part for name, part in parts.items() if not name.endswith("expert_bias")}
     stages = held_stages(shape, layout, rank, sequence=work.sequence)
     with_head = any(last for _, last, _ in stages)
     rows = min(work.tokens, chunk_rows(math.ceil(vocabulary / layout.tp), work.device))
+    blocks = [work.block(number).whole for _, _, held in stages for number in held]
     return Footprint(
         weights=_bytes(parts.values()),
         gradients=_bytes(trained.values()),
         optimizer=recipe.optimizer.state_bytes(trained),
         saved=_saved(recipe, layout, rank, work),
         logits=rows * math.ceil(vocabulary / layout.tp) * (work.value + WEIGHT) if with_head else 0,
+        workspace=2 * max(blocks),
     )
 
 
@@ -111,9 +117,11 @@ class _Work:
     device: str
     plain: bool
     """The plain forms of norms, which a GPU runs."""
+    document: float | None
+    """Tokens of a document, on average; None: as many as of a row."""
 
     @staticmethod
-    def of(recipe: Any, layout: Layout, shape: Any) -> _Work:
+    def of(recipe: Any, layout: Layout, shape: Any, document: float | None) -> _Work:
         device = recipe.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +137,7 @@ class _Work:
             value=DTYPES[precision].itemsize,
             device=device,
             plain=device != "cpu",
+            document=document,
         )
 
     @property
@@ -147,12 +156,11 @@ class _Work:
             ffn_size=math.ceil(whole.ffn_size / tp),
         )
         query = mine.n_heads * mine.head_dim
-        scores = 1.0 if self.plain else saved_scores(self.sequence, mine.window)
+        scores = 1.0 if self.plain else scores_of(self.sequence, mine.window, self.document) or 1.0
         fused = scores == 1.0
         values = self.shape.saved_values_per_token(mine) + mine.n_heads * scores
         if fused and not self.plain:
-            # documents are attended one by one: their queries, keys and values are cut out, their results put together
-            values += 2 * query + 2 * mine.n_kv_heads * mine.head_dim
+            values += query  # documents are attended one by one, and their results put behind each other
         norms = 1 if getattr(self.shape, "parallel_block", False) else 2
         per_token = values * self.value + self._wider(norms, width)
         matrices = 0 if self.layout.size("fsdp") > 1 or self.value == WEIGHT else self._matrices(number)
@@ -205,6 +213,22 @@ class _Work:
         packed = self.rows * self.sequence // self.layout.cp
         rotary = getattr(self.shape, "rope_theta", None) is not None
         return packed * self.shape.blocks()[0].head_dim * 2 * WEIGHT if rotary else 0
+
+
+def scores_of(sequence: int, window: int | None, document: float | None) -> float:
+    """Scores that tiles keep per token and head; 0 where a CPU does not attend by tiles.
+
+    A tile of queries sees the keys from the start of the document that its first query is in: `document` tokens before
+    it on average, where lengths are exponential, and no further than the start of the row. None: one document a row.
+    """
+    if document is None:
+        return kept_scores(sequence, window) / sequence
+    kept = 0.0
+    for start in range(0, sequence, TILE):
+        width = min(TILE, sequence - start)
+        behind = document * (1 - math.exp(-start / document))
+        kept += width * (width + (behind if window is None else min(behind, window - 1)))
+    return kept / sequence if kept <= MOST_KEYS * sequence else 0.0
 
 
 def _saved(recipe: Any, layout: Layout, rank: int, work: _Work) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lmworks.core.errors import LmworksError, Stopped, UsageError
+from lmworks.core.errors import LmworksError, OutOfMemory, Stopped, UsageError
 from lmworks.core.recipe import table_of
 from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
@@ -27,6 +27,7 @@ from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
 from lmworks.train.samples import must_fit_positions, sample
+from lmworks.train.shortage import explained
 from lmworks.train.sinks import Row
 from lmworks.train.slots import StepRecord, Watcher
 from lmworks.train.stop import StopRequest
@@ -158,14 +159,18 @@ class Loop:
             self.report.note(f"the checkpoints of later steps are deleted: {', '.join(map(str, later))}")
         self.records.open(self.progress, parent=self.parent, peak=self.peak)
         try:
-            why = self._steps(stop)
+            with explained(
+                self.built.account, lambda: f"in step {self.progress.step + 1}", lambda: self.records.memory
+            ):
+                why = self._steps(stop)
         except BaseException as error:
-            if not isinstance(error, LmworksError):  # those are raised on all ranks, or where none waits for another
+            # the others are raised on all ranks, or where none waits for another
+            if not isinstance(error, LmworksError) or isinstance(error, OutOfMemory):
                 if self.wire.layout.ranks > 1:
                     error.add_note(f"last exchanges of this rank: {self.wire.last()}")
                 self.checkpoints.hurry()
             failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
-            with suppress(OSError, LmworksError):  # the first error is the one to tell
+            with suppress(OSError, LmworksError, ImportError, MemoryError):  # the first error is the one to tell
                 self.records.close(self.checkpoints.wait)
             raise
         self.records.close(self.checkpoints.wait)
@@ -251,16 +256,16 @@ class Loop:
 
     def _measure(self) -> None:
         """What each class of memory takes, while gradients are there; told once."""
-        built, first = self.built, self.records.memory is None
+        built, account, first = self.built, self.built.account, self.records.memory is None
         seen = measured(
             built.placement.model.parameters(),
             built.step.update.state(),
             saved=None if self.recipe.compile else built.step.books.peak,
-            logits=built.predicted.logits,
-            whole=most_bytes(built.device) - built.before,
+            logits=account.predicted.logits,
+            whole=most_bytes(built.device) - account.before,
         )
-        self.records.memory = {"predicted": built.predicted.by_class(), "measured": seen.by_class()}
-        self.events.write("memory", predicted=built.predicted.by_class(), measured=seen.by_class())
+        self.records.memory = seen
+        self.events.write("memory", predicted=account.predicted.by_class(), measured=seen.by_class())
         if first:
             self.report.note(f"memory: {in_words(seen.total)} beside the program: {listed(seen)}")
 

@@ -22,6 +22,7 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
+from lmworks.train.footprint import Footprint
 from lmworks.train.rate import peak_memory_bytes
 from lmworks.train.sinks import Row, Writer
 
@@ -104,8 +105,8 @@ class Records:
         self.folder = run if self.first else run.of_rank(rank)
         axes = {axis: layout.place(rank, axis) for axis in AXES if layout.size(axis) > 1}
         self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes)
-        self.memory: dict[str, dict[str, int | None]] | None = None
-        """Bytes by class of this rank, predicted and measured; None before they were measured."""
+        self.memory: Footprint | None = None
+        """What this rank takes; None before it was measured."""
         self._sinks: list[Writer] = []
         self._began = began
         self._wall_before = 0.0
@@ -190,7 +191,10 @@ class Records:
             "flops": progress.flops,
             "tokens_per_second": trained / progress.seconds,
             "peak_memory_bytes": progress.peak_memory_bytes,
-            "memory": self.memory or {"predicted": self.built.predicted.by_class()},
+            "memory": {
+                "predicted": self.built.account.predicted.by_class(),
+                "measured": None if self.memory is None else self.memory.by_class(),
+            },
             "changes": progress.changes,
             "stopped": progress.stopped,
         }
