@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def limited(spec: dict[str, Any], folder: Path, room: int) -> subprocess.Complet
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(spec), encoding="utf-8")
     command = [sys.executable, "-m", "tests.train.limited", str(path), str(folder), str(room)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    env = os.environ | {"MALLOC_ARENA_MAX": "1"}  # glibc sets 64 MiB of addresses aside for every thread
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
 def spec(text: Path, cache: Path, **over: Any) -> dict[str, Any]:

@@ -26,9 +26,17 @@ from lmworks.parallel.layout import Layout, problems_of
 from lmworks.train.footprint import WORDS, Footprint, as_table, in_words, predict
 from lmworks.train.rate import memory_bytes
 
-WORDS_OF_ALLOCATORS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
+WORDS_OF_ALLOCATORS = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "start new thread",
+)
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS = {"bytes": 0, "kib": 10, "mib": 20, "gib": 30}
+SPARE = 0.1
+"""Of what there is, left free by what is offered: predictions are that far off, and a run does more than steps."""
 OFFERED = 3
 """Changes that an error names."""
 
@@ -57,9 +65,9 @@ def explained(account: Account, doing: Callable[[], str], seen: Callable[[], Foo
     except Exception as error:
         if isinstance(error, LmworksError) or not is_shortage(error):
             raise
-        told = explanation(account, asked_by(error), doing(), seen())
+        used, left = max(0, memory_bytes(account.device) - account.before), free(account.device)
         traceback.clear_frames(error.__traceback__)  # they hold what took the memory, and there is a run to close
-        raise told from error
+        raise explanation(account, asked_by(error), used, left, doing(), seen()) from error
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -77,12 +85,11 @@ def asked_by(error: BaseException) -> int:
     return round(float(found[1]) * 2 ** _UNITS[found[2].lower()]) if found else 0
 
 
-def explanation(account: Account, asked: int, doing: str, seen: Footprint | None) -> OutOfMemory:
-    """The error that tells of it, with what would fit."""
-    used, left = max(0, memory_bytes(account.device) - account.before), free(account.device)
+def explanation(account: Account, asked: int, used: int, left: int, doing: str, seen: Footprint | None) -> OutOfMemory:
+    """The error that tells of it, with what would fit. Bytes: asked for in vain, in use beside the program, left."""
     known = account.predicted
-    need = max(known.total, used + asked)
-    missing = max(need - used - left, asked)
+    capacity = used + left
+    missing = max(max(known.total, used + asked) - capacity, asked) + round(SPARE * capacity)
     what = [f"out of memory {doing}: {in_words(used)} in use beside the program, {in_words(left)} left"]
     if asked:
         what[0] += f", {in_words(asked)} more asked for"
@@ -90,7 +97,11 @@ def explanation(account: Account, asked: int, doing: str, seen: Footprint | None
     largest = (seen if seen is not None else known).largest
     what.append(f"  the largest is {WORDS[largest]}; at least {in_words(missing)} must go")
     where = f"rank {account.rank}" if account.layout.ranks > 1 else None
-    return OutOfMemory("\n".join(what), where=where, next_step=_advice(account, missing))
+    try:
+        advice = _advice(account, missing)
+    except (MemoryError, ImportError, RuntimeError):
+        advice = "a smaller micro_batch_size, or saved.use = recompute; there was no memory left to work out which fits"
+    return OutOfMemory("\n".join(what), where=where, next_step=advice)
 
 
 def free(device: torch.device) -> int:
