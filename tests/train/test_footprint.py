@@ -17,7 +17,7 @@ from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
 from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
-from lmworks.train.footprint import CLASSES, Footprint, as_table, in_words, listed, peak_of, predict
+from lmworks.train.footprint import CLASSES, Footprint, as_table, described, in_words, listed, peak_of, predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.optim import AdamW
 from lmworks.train.saved import Keep, Offload, Recompute
@@ -108,7 +108,9 @@ def test_a_run_takes_what_was_told_to_the_byte(optimizer: str, text: Path, cache
         assert told[name] == seen[name] > 0, name
     assert told["workspace"] > 0
     assert seen["workspace"] >= 0
-    assert [note for note in report.notes if note.startswith("memory: ")]
+    line, table = (note for note in report.notes if note.startswith("memory"))
+    assert "saved for backward" in line
+    assert [row.split()[0] for row in table.splitlines()[2:]] == [*CLASSES, "in"]
     (event,) = [row for row in rows(folder.events) if row["name"] == "memory"]
     assert event["attrs"]["measured"] == seen
 
@@ -136,6 +138,20 @@ def test_each_rank_takes_what_was_told_of_its_part(layout: str, text: Path, cach
         for name in ("weights", "gradients", "optimizer"):
             assert told[name] == seen[name] > 0, (folder.name, name)
         assert told["saved"] == pytest.approx(seen["saved"], rel=0.25), folder.name
+
+
+def test_a_recipe_tells_the_memory_of_its_largest_rank(text: Path, cache: Path) -> None:
+    alone = described(toy.recipe(text, cache), 1)
+    assert alone[0] == "memory, beside the program itself:"
+    assert alone[1].split() == ["weights", "128", "kB"]
+    stages = toy.recipe(text, cache, layout={"pp": 2, "dp_shard": 1}, micro_batch_size=2)
+    assert "of rank 1, the largest of 2" in described(stages, 1)[0], "it has the head"
+    tokenizer = {"use": "file", "path": "nowhere"}
+    data = {**toy.table(text, cache)["data"], "tokenizer": tokenizer}
+    assert "not told" in described(toy.recipe(text, cache, data=data), 1)[0]
+    assert (
+        "not told" in described(toy.recipe(text, cache, layout="megatron", model={**ranked.MODEL, "tied": False}), 7)[0]
+    )
 
 
 def test_words_for_people() -> None:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmworks.core.errors import LmworksError
+from lmworks.data.tokenizer import Bytes
 from lmworks.generate.writer import DTYPES
 from lmworks.model.head import chunk_rows
 from lmworks.model.tiles import MOST_KEYS, TILE, kept_scores
@@ -37,6 +39,8 @@ from lmworks.train.slots import BlockBytes, Saved
 CLASSES = ("weights", "gradients", "optimizer", "saved", "logits", "workspace")
 ROWS = ("o_proj.weight", "down_proj.weight")
 """Matrices of which tp divides the columns."""
+BYTES = 257
+"""Tokens of the tokenizer of bytes."""
 WEIGHT = 4
 """Bytes of a weight, of its gradient, and of a logit in the loss."""
 
@@ -96,8 +100,9 @@ def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int, document
 
 def vocabulary_of(recipe: Any) -> int | None:
     """Rows of the token table, as far as settings tell; a tokenizer in a file has to be read for it."""
-    known: int | None = recipe.model.vocab_size or getattr(recipe.data.tokenizer, "vocab_size", None)
-    return known
+    tokenizer = recipe.data.tokenizer
+    known: int | None = recipe.model.vocab_size or getattr(tokenizer, "vocab_size", None)
+    return BYTES if known is None and isinstance(tokenizer, Bytes) else known
 
 
 def _bytes(shapes: Iterable[Sequence[int]]) -> int:
@@ -310,6 +315,24 @@ def as_table(told: Footprint, seen: Footprint | None = None) -> list[str]:
     rows += [(WORDS[name], in_words(size), _seen(seen, name)) for name, size in told.by_class().items()]
     rows.append(("in all", in_words(told.total), "" if seen is None else in_words(seen.total)))
     return [f"{name:<20}{one:>12}{other:>12}".rstrip() for name, one, other in rows]
+
+
+def described(recipe: Any, world: int) -> list[str]:
+    """What a recipe will take on the rank that takes most, line by line, or why that cannot be told.
+
+    `world`: ranks that there are, for a layout that takes as many as it finds.
+    """
+    try:
+        layout: Layout = recipe.layout.settle(recipe.layout.asked or world, recipe)
+        vocabulary = vocabulary_of(recipe)
+        if vocabulary is None:
+            return ["memory: not told before the tokenizer is read, which sets the size of the token table"]
+        ranks = [predict(recipe, layout, rank, vocabulary=vocabulary) for rank in range(layout.ranks)]
+    except LmworksError as error:
+        return [f"memory: not told: {str(error).splitlines()[0]}"]
+    most = max(range(len(ranks)), key=lambda rank: ranks[rank].total)
+    where = f" of rank {most}, the largest of {len(ranks)}" if len(ranks) > 1 else ""
+    return [f"memory{where}, beside the program itself:", *as_table(ranks[most])[1:]]
 
 
 def listed(seen: Footprint) -> str:

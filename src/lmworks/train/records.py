@@ -22,7 +22,7 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
-from lmworks.train.footprint import Footprint
+from lmworks.train.footprint import Footprint, as_table
 from lmworks.train.rate import peak_memory_bytes
 from lmworks.train.sinks import Row, Writer
 
@@ -199,6 +199,9 @@ class Records:
             "stopped": progress.stopped,
         }
         write_json(self.folder.summary, summary)
+        if self.memory is not None:
+            table = as_table(self.built.account.predicted, self.memory)
+            self.report.note("\n".join(["memory beside the program itself:", *(f"  {line}" for line in table)]))
 
     def _write_record(self, step: int, parent: Path | None, peak: tuple[float, str]) -> None:
         built, device = self.built, self.built.device
