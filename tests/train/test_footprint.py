@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmworks.core.journal import rows
+from lmworks.model import ops
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
 from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
 from lmworks.train.footprint import CLASSES, Footprint, as_table, described, in_words, listed, peak_of, predict
 from lmworks.train.ledger import Ledger
+from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
 from lmworks.train.saved import Keep, Offload, Recompute
-from lmworks.train.slots import BlockBytes, Saved
+from lmworks.train.slots import BlockBytes, Saved, combined, divisors
 from tests.train import ranked, toy
 from tests.train.test_saved import loss_of
 
@@ -56,20 +58,45 @@ def test_saved_bytes_are_within_a_tenth_of_the_books(
     POLICIES[policy].apply(made, books)
     with books.counting():
         loss_of(made, toy.batch(1, length, 257, packed=packed)).backward()  # type: ignore[no-untyped-call]
-    recipe = SimpleNamespace(
+    recipe, document = settings(config, precision, length, policy), 1 / 0.15 if packed else None
+    told = predict(recipe, ONE, 0, vocabulary=257, document=document)
+    assert told.saved == pytest.approx(books.peak, rel=0.1)
+    assert books.total == 0
+
+
+def settings(config: DecoderConfig, precision: str, length: int, policy: str, device: str = "cpu") -> SimpleNamespace:
+    """What of a recipe the prediction reads: one row a step."""
+    return SimpleNamespace(
         model=config,
         batch_size=1,
         micro_batch_size=None,
         compile=False,
-        device="cpu",
+        device=device,
         precision=precision,
         saved=POLICIES[policy],
         optimizer=AdamW(lr=1e-3),
         data=SimpleNamespace(sequence_length=length),
     )
-    told = predict(recipe, ONE, 0, vocabulary=257, document=1 / 0.15 if packed else None)
+
+
+@pytest.mark.parametrize("policy", ["keep", "input", "every"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_bytes_of_the_plain_forms_too(shape: str, precision: str, policy: str) -> None:
+    """Those that a GPU runs, here on a CPU."""
+    config = DecoderConfig(vocab_size=257, n_layers=4, hidden_size=64, n_heads=4, ffn_size=176, **SHAPES[shape])
+    made, books = config.build(dtype=torch.bfloat16 if precision == "bf16" else torch.float32), Ledger()
+    initialise(made, 0)
+    POLICIES[policy].apply(made, books)
+    batch, objective = toy.batch(1, 256, 257, packed=False), CrossEntropy()
+    with books.counting():
+        with ops.plain_forms():
+            hidden_BTD = made(batch.tokens_BT)
+        loss = combined(objective.loss(made, batch, hidden_BTD), divisors(objective, batch))  # a GPU has no other form
+        with ops.plain_forms():
+            loss.backward()  # type: ignore[no-untyped-call]
+    told = predict(settings(config, precision, 256, policy, "cuda"), ONE, 0, vocabulary=257)
     assert told.saved == pytest.approx(books.peak, rel=0.1)
-    assert books.total == 0
 
 
 @given(

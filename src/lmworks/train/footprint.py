@@ -167,7 +167,10 @@ class _Work:
         if fused and not self.plain:
             values += query  # documents are attended one by one, and their results put behind each other
         norms = 1 if getattr(self.shape, "parallel_block", False) else 2
-        per_token = values * self.value + self._wider(norms, width)
+        rows, normed = norms, norms * width
+        if getattr(self.shape, "qk_norm", False):
+            rows, normed = rows + mine.n_heads + mine.n_kv_heads, normed + query + mine.n_kv_heads * mine.head_dim
+        per_token = values * self.value + self._wider(rows, normed)
         matrices = 0 if self.layout.size("fsdp") > 1 or self.value == WEIGHT else self._matrices(number)
         products = self._products(number) + (query + mine.n_heads if fused else 0)
         between = tp if self.layout.sequence_parallel else 1
@@ -187,13 +190,11 @@ class _Work:
                 found += rows if name.endswith(ROWS) else rows // self.layout.tp
         return found
 
-    def _wider(self, norms: int, width: int) -> int:
-        """Bytes per token that norms keep on top of one value for each value: float32 scales beside bf16, and in the
-        plain form input and product in float32."""
-        scale = norms * (WEIGHT - self.value)
-        if not self.plain:
-            return scale
-        return scale + norms * width * (2 * WEIGHT - self.value)
+    def _wider(self, rows: int, values: int) -> int:
+        """Bytes per token that norms over so many rows and values keep on top of one value for each value: float32
+        scales beside bf16, and in the plain form input and product in float32."""
+        scales = rows * (WEIGHT - self.value)
+        return scales + values * (2 * WEIGHT - self.value) if self.plain else scales
 
     def _matrices(self, number: int) -> int:
         """Bytes of a block's matrices as they are cast for a forward pass."""
