@@ -224,6 +224,8 @@ GPT2 = {"use": "gpt2", "n_layers": 2, "hidden_size": 32, "n_heads": 2, "ffn_size
     [
         ({"saved": "coat", "model": GPT2}, "'decoder'"),
         ({"saved": "coat", "layout": {"tp": 2}}, "not divided over tp"),
+        ({"saved": "coat", "precision": "float8"}, "on eight-bit floats themselves"),
+        ({"saved": {"use": "offload", "around": "offload"}}, "saved.around: sends saved tensors out itself"),
         ({"saved": "coat", "model.hidden_size": 40, "model.n_heads": 2}, "model.hidden_size makes rows of 40: take 48"),
         ({"saved": "coat", "model.ffn_size": 50}, "model.ffn_size makes rows of 50: take 64"),
         ({"saved": "coat", "batch_size": 1, "data.sequence_length": 31}, "multiple of 16 tokens"),
@@ -283,6 +285,16 @@ BOTH = {
 
 
 @pytest.mark.parametrize("around", ["adamw", "lion", "sophia", "lamb", "muon"])
+def test_state_bytes_are_told_to_the_byte(around: str, text: Path, cache: Path, tmp_path: Path) -> None:
+    over = {"optimizer": {"use": "coat", "around": {"use": around, "lr": 1e-3}}}
+    made = toy.recipe(text, cache, steps=2, **over)
+    folder, _ = toy.train(made, tmp_path / "run")
+    seen = next(row["state_bytes"] for row in rows(folder.metrics) if "state_bytes" in row)
+    shapes = dict(made.model.with_vocab(257).shapes())
+    assert made.optimizer.state_bytes(shapes) == seen
+
+
+@pytest.mark.parametrize("around", ["adamw", "lion", "sophia", "lamb", "muon"])
 def test_a_stopped_run_goes_on_to_the_bit(around: str, text: Path, cache: Path, tmp_path: Path) -> None:
     over = {**BOTH, "optimizer": {"use": "coat", "around": {"use": around, "lr": 1e-3}}, "micro_batch_size": 2}
     made = toy.recipe(text, cache, **over)
@@ -302,6 +314,22 @@ def test_a_run_learns_about_what_adamw_learns(text: Path, cache: Path, tmp_path:
     ends = [losses(folder)[-1] for folder in (exact, coat)]
     assert ends[1] == pytest.approx(ends[0], abs=0.15)
     assert ends[1] < 0.8 * losses(coat)[0]
+
+
+@pytest.mark.parametrize("saved", ["offload", "ssdtrain", "by-block"])
+def test_codes_wait_elsewhere_as_well(saved: str, text: Path, cache: Path, tmp_path: Path) -> None:
+    """What goes out to the disk is in eight bits, and comes back to the bit."""
+    settings = {"use": saved, "around": "coat", "folders": [str(tmp_path / "disk")], "least_bytes": 0}
+    if saved == "by-block":
+        settings = {"use": saved, "rules": [{"blocks": "0-1", "policy": "coat"}]}
+    elsewhere, _ = toy.train(toy.recipe(text, cache, steps=6, **{**BOTH, "saved": settings}), tmp_path / "elsewhere")
+    here, _ = toy.train(toy.recipe(text, cache, steps=6, **BOTH), tmp_path / "here")
+    assert losses(elsewhere) == losses(here)
+    if saved == "offload":
+        stored = [row["offload/stored"] + row["offload/forwarded"] for row in rows(elsewhere.metrics) if "loss" in row]
+        exact, _ = toy.train(toy.recipe(text, cache, steps=6, saved={**settings, "around": "keep"}), tmp_path / "exact")
+        wide = [row["offload/stored"] + row["offload/forwarded"] for row in rows(exact.metrics) if "loss" in row]
+        assert sum(stored) < 0.6 * sum(wide)
 
 
 def test_two_micro_batches_have_the_gradient_of_both(text: Path, cache: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_the_clock_is_a_step_tick_by_tick(
 
 def flight(**over: Any) -> Flight:
     names = tuple(str(i) for i in range(10))
-    plain = {"names": names, "plan": "strict", "bandwidth": 0.45, "recompute": False, "deeper": True}
+    plain = {"names": names, "plan": "strict", "bandwidth": 0.45, "again": False, "deeper": True}
     return Flight(**plain | over)
 
 

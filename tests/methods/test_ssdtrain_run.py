@@ -45,7 +45,7 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
     return dict(save.read(complete(folder.checkpoints)[-1]).tensors["model"])
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("around", ["keep", "recompute"])
 @pytest.mark.parametrize("micro", [3, 1])
 @pytest.mark.parametrize("prefetch", ["block", "chunk", "off"])
 @pytest.mark.parametrize("to", ["disk", "host"])
@@ -53,13 +53,13 @@ def test_what_is_learned_is_what_is_learned_without_it(
     to: str,
     prefetch: str,
     micro: int,
-    recompute: bool,
+    around: str,
     kept: dict[int, RunFolder],
     text: Path,
     cache: Path,
     tmp_path: Path,
 ) -> None:
-    saved = {**SAVED, "to": to, "prefetch": prefetch, "recompute": recompute, "plan": "all"}
+    saved = {**SAVED, "to": to, "prefetch": prefetch, "around": around, "plan": "all"}
     if to == "disk":
         saved["folders"] = [str(tmp_path / "one"), str(tmp_path / "two")]
     folder, report = toy.train(toy.recipe(text, cache, **SHORT, micro_batch_size=micro, saved=saved), tmp_path / "run")

@@ -236,7 +236,7 @@ class AtOnce(Executor):
         {"use": "recompute"},
         {**OFFLOAD, "to": "disk"},
         {**OFFLOAD, "to": "host", "last": 0, "ahead": False},
-        {**OFFLOAD, "to": "disk", "last": 0, "recompute": True},
+        {**OFFLOAD, "to": "disk", "last": 0, "around": "recompute"},
     ],
     ids=["recompute", "disk", "host", "recompute-disk"],
 )

@@ -29,8 +29,7 @@ from lmworks.train.rehearse import (
     shrink,
     small,
 )
-from lmworks.train.saved import Keep, Recompute
-from lmworks.train.slots import Saved
+from lmworks.train.saved import Recompute
 from tests.parallel.table import scene_of
 
 
@@ -69,11 +68,13 @@ def test_a_512_rank_recipe_keeps_its_structure() -> None:
 
 
 @pytest.mark.parametrize("use", ["offload", "ssdtrain"])
-@pytest.mark.parametrize(("recompute", "kept"), [("false", Keep()), ("true", Recompute())])
-def test_where_saved_tensors_wait_is_not_rehearsed(use: str, recompute: str, kept: Saved) -> None:
-    sets = [f"saved.use={use}", f"saved.recompute={recompute}"]
+@pytest.mark.parametrize("around", ["keep", "recompute"])
+def test_where_saved_tensors_wait_is_not_rehearsed(use: str, around: str) -> None:
+    sets = [f"saved.use={use}", f"saved.around={around}"]
     made = recipes.load("methods/torchtitan", verb="train", sets=sets)
-    assert small(made, made.layout.settle(1, made), most=8)[0].saved == kept
+    scene, _ = small(made, made.layout.settle(1, made), most=8)
+    assert not scene.saved.leaves()
+    assert all(scene.saved.again(block) is (around == "recompute") for block in range(scene.model.n_layers))
 
 
 def test_windows_shrink_with_the_rows() -> None:

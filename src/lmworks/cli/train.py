@@ -23,7 +23,10 @@ def train(
         ),
     ] = "auto",
     check: Annotated[
-        bool, typer.Option("--check", help="Decode the recipe, print it with every default, run nothing.")
+        bool,
+        typer.Option(
+            "--check", help="Decode the recipe, print it with every default and what it takes in memory, run nothing."
+        ),
     ] = False,
 ) -> None:
     """Train a model from a recipe; the same command goes on after a kill.
@@ -34,7 +37,11 @@ def train(
 
     decoded = recipes.load(recipe, verb="train", sets=set_ or [])
     if check:
+        from lmworks.parallel.world import seat
+        from lmworks.train.footprint import described
+
         typer.echo(recipes.dump(decoded))
+        typer.echo("\n".join(f"# {line}" for line in described(decoded, seat().world)))
         return
     from lmworks.cli.console import Reporter
     from lmworks.parallel.world import seat

@@ -92,6 +92,7 @@ SLOTS: dict[str, Shelf] = {
             "ssdtrain": Part(
                 "methods.ssdtrain:SSDTrain", "as many blocks on a disk as it brings back in time (SSDTrain)"
             ),
+            "by-block": Part("train.by_block:ByBlock", "another policy for other blocks"),
         },
         default="keep",
     ),

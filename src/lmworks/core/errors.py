@@ -8,6 +8,7 @@
     ├── CheckpointError         exit 1   a checkpoint is missing, damaged or of another model
     ├── ExportError             exit 1   an exported model is not the model that was exported
     ├── NonFinite               exit 1   loss or gradient is inf or nan; nothing was updated
+    ├── OutOfMemory             exit 1   a device or the machine has no memory left; what would fit
     └── Stopped                 exit 3   a limit or a signal ended the run; it can be resumed
 
 `assert` is kept for our own bugs. A person never sees a stack trace for their own mistake.
@@ -91,6 +92,10 @@ class ExportError(LmworksError):
 
 class NonFinite(LmworksError):
     """A loss or a gradient is not finite. The update was not made."""
+
+
+class OutOfMemory(LmworksError):
+    """A run does not fit into the memory of its device, or of the machine."""
 
 
 class Stopped(LmworksError):

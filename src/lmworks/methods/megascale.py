@@ -92,7 +92,7 @@ stays, so the wait per token falls to a quarter, by 75 %. Time per token goes fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -101,7 +101,7 @@ from torch import Tensor, nn
 
 from lmworks.core.errors import Problem
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat
-from lmworks.train.optim import EMBEDDINGS, Beta, TorchUpdate
+from lmworks.train.optim import EMBEDDINGS, Beta, TorchUpdate, values_of
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Optimizer, Update
 
@@ -135,6 +135,10 @@ class Lamb(Optimizer):
     def build(self, model: nn.Module) -> Update:
         """The running optimizer over the model's trainable parameters."""
         return LambUpdate(LambOptimizer(lamb_groups(model, self), self))
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """m and v, and a count of each parameter's steps."""
+        return 8 * values_of(shapes.values()) + 4 * len(shapes)
 
     def check(self, recipe: object) -> Iterator[Problem]:
         """Bounds must be in order, and have something to bound."""

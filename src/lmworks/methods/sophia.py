@@ -87,7 +87,7 @@ from lmworks.core.errors import NonFinite, Problem, UsageError
 from lmworks.core.recipe import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
-from lmworks.train.optim import Beta, TorchUpdate, parameter_groups
+from lmworks.train.optim import Beta, TorchUpdate, parameter_groups, values_of
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Change, Optimizer, State, StepRecord, Update, Watcher, Watching
 
@@ -133,6 +133,10 @@ class Sophia(Optimizer):
         """The running optimizer over the model's trainable parameters."""
         groups = parameter_groups(model, self.weight_decay, decay_embeddings=self.decay_embeddings)
         return Curved(self, [group for group in groups if group["params"]])
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Momentum and curvature, and three counts."""
+        return 8 * values_of(shapes.values()) + 24
 
     def check(self, recipe: Any) -> Iterator[Problem]:
         """An estimator that the objective or the model cannot serve, and a setting without effect."""

@@ -42,25 +42,41 @@ class Work:
     """Of an activation."""
     weight_bytes: int = 4
     """Of a weight and of its gradient."""
-    recompute_every: int | None = None
-    """Blocks 0, every, ... run forward again in the backward pass."""
+    recomputed: frozenset[int] = frozenset()
+    """Blocks that run forward again in the backward pass."""
 
 
 def traffic(config: Shape, layout: Layout, rank: int, work: Work) -> dict[str, float]:
     """Bytes that a rank sends in one step, by axis: pp, dp_replicate, fsdp, cp, tp. Counts and norms, a few numbers a
     step, are left out."""
-    stages = split(config, layout, sequence=work.sequence) if layout.pp > 1 else [range(config.n_layers)]
     held = held_by(layout, layout.place(rank, "pp")) if layout.pp > 1 else [0]
     found: dict[str, float] = defaultdict(float)
-    for stage in held:
-        part = _Part(config, layout, rank, work, stages[stage], first=stage == 0, last=stage == layout.stages - 1)
-        for axis, size in part.sent().items():
+    for first, last, blocks in held_stages(config, layout, rank, sequence=work.sequence):
+        for axis, size in _Part(config, layout, rank, work, blocks, first, last).sent().items():
             found[axis] += size
     found["pp"] = _between_stages(config, layout, rank, work, held)
     if layout.pp > 1 and config.tied and not layout.both_ends_on_one_rank and {0, layout.stages - 1} & set(held):
-        table = _Part(config, layout, rank, work, range(0), first=True, last=True).values("embed.weight")
+        table = _Part(config, layout, rank, work, range(0), True, True).values("embed.weight")
         found["ends" if layout.pp > 2 else "pp"] += table * work.weight_bytes  # 2 (2 - 1) / 2 = 1
     return {axis: size for axis, size in found.items() if size}
+
+
+def portions(config: Shape, layout: Layout, rank: int, *, sequence: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter's part on a rank, by name, from settings alone; experts' biases among them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for first, last, blocks in held_stages(config, layout, rank, sequence=sequence):
+        part = _Part(config, layout, rank, Work(rows=1, micro_batches=1, sequence=sequence), blocks, first, last)
+        found |= {name: part.portion(name) for name in part.names()}
+    return found
+
+
+def held_stages(config: Shape, layout: Layout, rank: int, *, sequence: int) -> list[tuple[bool, bool, range]]:
+    """The stages of a rank: whether it is the first of all, whether the last, its blocks."""
+    if layout.pp == 1:
+        return [(True, True, range(config.n_layers))]
+    stages = split(config, layout, sequence=sequence)
+    held = held_by(layout, layout.place(rank, "pp"))
+    return [(stage == 0, stage == layout.stages - 1, stages[stage]) for stage in held]
 
 
 def _between_stages(config: Shape, layout: Layout, rank: int, work: Work, held: list[int]) -> float:
@@ -80,7 +96,7 @@ class _Part:
     """One stage on one rank."""
 
     def __init__(
-        self, config: Shape, layout: Layout, rank: int, work: Work, blocks: range, *, first: bool, last: bool
+        self, config: Shape, layout: Layout, rank: int, work: Work, blocks: range, first: bool, last: bool
     ) -> None:
         self.config, self.layout, self.work = config, layout, work
         self.blocks, self.first, self.last = blocks, first, last
@@ -104,10 +120,19 @@ class _Part:
         return tuple(shape)
 
     def values(self, name: str) -> int:
-        """Values of a parameter on this rank, which FSDP divides by rows."""
-        shape = self.local(name)
-        rows = -(-shape[0] // self.layout.size("fsdp"))
-        return max(0, min(rows, shape[0] - self.shard * rows)) * math.prod(shape[1:])
+        """Values of a parameter on this rank."""
+        return math.prod(self.portion(name))
+
+    def portion(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter on this rank, which FSDP divides by rows; experts of ep and what is not trained it
+        leaves alone."""
+        first, *rest = self.local(name)
+        if name.endswith("expert_bias"):
+            return first, *rest
+        if ".ffn.experts." in name and self.layout.ep > 1:
+            return first // self.layout.ep, *rest
+        rows = -(-first // self.layout.size("fsdp"))
+        return max(0, min(rows, first - self.shard * rows)), *rest
 
     def names(self) -> list[str]:
         """The parameters of this stage."""
@@ -124,8 +149,7 @@ class _Part:
         return kept
 
     def _recomputed(self, block: int) -> bool:
-        every = self.work.recompute_every
-        return every is not None and block % every == 0
+        return block in self.work.recomputed
 
     def _tensor(self) -> float:
         n = self.layout.tp

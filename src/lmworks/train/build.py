@@ -23,12 +23,14 @@ from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
 from lmworks.train import precision
+from lmworks.train.footprint import predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.memory import keep_freed_memory, return_freed_memory
 from lmworks.train.offload import TensorCache, hints
 from lmworks.train.probe import Probe
-from lmworks.train.rate import bf16_is_fast
+from lmworks.train.rate import bf16_is_fast, memory_bytes
 from lmworks.train.recipe import Train
+from lmworks.train.shortage import Account, explained
 from lmworks.train.step import Step
 
 
@@ -42,6 +44,8 @@ class Built:
     step: Step
     cost: Cost
     dtype: torch.dtype
+    account: Account
+    """What is known of this rank's memory: told before anything was made."""
     notes: tuple[str, ...] = ()
     """What people should know about it, in sentences."""
 
@@ -96,12 +100,51 @@ def build(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if device.type == "cpu":
-        (return_freed_memory if recipe.saved.leaves else keep_freed_memory)()
+        (return_freed_memory if recipe.saved.leaves() else keep_freed_memory)()
     torch.manual_seed(seed_for(recipe.seed, "torch"))  # for whatever draws without a generator of its own
     if isinstance(recipe.model, Pretrained):
         recipe.model.blocks()  # a folder that cannot be read is told before documents are tokenised
     prepared = _prepare(recipe, wire, resume, progress)
     config = fit_vocabulary(recipe.model, prepared.tokenizer)
+    account = _account(recipe, wire, device, prepared, config)
+    with explained(account, lambda: "while the model was built", lambda: None):
+        placement, step, notes = _place(recipe, wire, device, dtype, prepared, config)
+    cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
+    return Built(
+        recipe=recipe,
+        prepared=prepared,
+        placement=placement,
+        step=step,
+        cost=cost,
+        dtype=dtype,
+        account=account,
+        notes=tuple(notes),
+    )
+
+
+def _account(recipe: Train, wire: Wire, device: torch.device, prepared: Prepared, config: Any) -> Account:
+    """What this rank will take, and what was there before."""
+    sources = prepared.manifest["sources"].values()
+    whole = sum(facts["weight"] for facts in sources)
+    splits = [(facts["weight"] / whole, facts["splits"]["training"]) for facts in sources]
+    document = max(1.0, sum(share * split["tokens"] / max(1, split["documents"]) for share, split in splits))
+    told = predict(recipe, wire.layout, wire.rank, vocabulary=config.vocab_size, document=document)
+    return Account(
+        recipe=recipe,
+        layout=wire.layout,
+        rank=wire.rank,
+        vocabulary=config.vocab_size,
+        document=document,
+        device=device,
+        before=memory_bytes(device),
+        predicted=told,
+    )
+
+
+def _place(
+    recipe: Train, wire: Wire, device: torch.device, dtype: torch.dtype, prepared: Prepared, config: Any
+) -> tuple[Placement, Step, list[str]]:
+    """The model on its ranks, with first values, the step around it, and what people should know of both."""
     books = Ledger()
     caches: list[Sequence[TensorCache]] = []
     notes: list[str] = []
@@ -133,10 +176,7 @@ def build(
         books=books,
         caches=[cache for found in caches for cache in found],
     )
-    cost = config.cost(sequence=recipe.data.sequence_length, bytes_per_value=dtype.itemsize)
-    return Built(
-        recipe=recipe, prepared=prepared, placement=placement, step=step, cost=cost, dtype=dtype, notes=tuple(notes)
-    )
+    return placement, step, notes
 
 
 def _prepare(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmworks.train.ledger import Kept
+from lmworks.train.ledger import Kept, Lease, edited
 from lmworks.train.moved import Parcel, Piece
 
 if TYPE_CHECKING:
@@ -39,22 +39,16 @@ class Handle:
 class Stays:
     """Of a tensor that stays: it tells the cache that its piece has been reached."""
 
-    __slots__ = ("_cache", "_piece", "kept")
+    __slots__ = ("_cache", "_kept", "_piece", "lease")
 
     def __init__(self, cache: TensorCache, x: Tensor, scope: str, piece: Piece) -> None:
-        self._cache, self._piece, self.kept = cache, piece, Kept(cache.ledger, x, scope)
+        self._cache, self._piece, self.lease = cache, piece, Lease(cache.ledger, x, scope)
+        self._kept = Kept(x, scope, self.lease)
 
     def tensor(self) -> Tensor:
         """The tensor itself."""
         self._cache.enter(self._piece)
-        return self.kept.tensor
-
-
-def edited(scope: str) -> RuntimeError:
-    """The error of a tensor that is not any more what was saved."""
-    return RuntimeError(
-        f"a tensor that block {scope} saved for its backward pass was changed in place after it was saved"
-    )
+        return self._kept.tensor
 
 
 def unpack(handle: Any) -> Tensor:

@@ -115,8 +115,8 @@ class Ledger:
             yield
 
     def kept(self, x: Tensor, scope: str) -> Any:
-        """A counted handle on x; x itself where it is a weight."""
-        return x.detach() if is_parameter(x) else Kept(self, x, scope)
+        """A handle on x, counted where it is no weight."""
+        return Kept(x, scope, None if is_parameter(x) else Lease(self, x, scope))
 
 
 def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
@@ -133,28 +133,27 @@ def counted(forward: Forward, name: str, books: Ledger | None) -> Forward:
 
 
 class Kept:
-    """A handle on a tensor that stays where it is."""
+    """A handle on a tensor that stays where it is. Autograd does not look for edits behind hooks: this does."""
 
-    __slots__ = ("_ledger", "_storage", "tensor")
+    __slots__ = ("_lease", "_scope", "_tensor", "_version")
 
-    def __init__(self, ledger: Ledger, x: Tensor, scope: str) -> None:
-        self._ledger, self.tensor = ledger, x.detach()
-        self._storage = ledger.find(x, scope)
-        ledger.count(self._storage)
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other handle is on its storage."""
-        return self._storage.handles == 1
+    def __init__(self, x: Tensor, scope: str, lease: Lease | None) -> None:
+        self._tensor, self._version = x.detach(), x._version
+        self._scope, self._lease = scope, lease
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of its storage."""
-        return self._storage.nbytes
+    def tensor(self) -> Tensor:
+        """The tensor. Raises RuntimeError when it was edited in place since it was saved."""
+        if self._tensor._version != self._version:
+            raise edited(self._scope)
+        return self._tensor
 
-    def __del__(self) -> None:
-        self._ledger.uncount(self._storage)
-        self._ledger.drop(self._storage)
+
+def edited(scope: str) -> RuntimeError:
+    """A saved tensor is not what it was. As plain autograd, which says less."""
+    where = "outside of blocks" if scope == REST else f"in block {scope}"
+    text = f"a tensor that was saved {where} for the backward pass was changed in place after it was saved"
+    return RuntimeError(text)
 
 
 def _tensor_of(handle: Any) -> Tensor:
@@ -179,7 +178,15 @@ def counted_beside(ledger: Ledger, scope: str) -> Iterator[None]:
     pack, unpack = outer
 
     def both(x: Tensor) -> Any:
-        return pack(x) if is_parameter(x) else _Beside(pack(x), Lease(ledger, x, scope))
+        if is_parameter(x):
+            return pack(x)
+        lease = Lease(ledger, x, scope)
+        try:
+            return _Beside(pack(x), lease)
+        except Exception:
+            # with the last tensor checkpoint stops the pass by an error; it holds x all the same, and x the lease
+            x.untyped_storage().lease = lease  # type: ignore[attr-defined]  # storages take attributes
+            raise
 
     def through(handle: Any) -> Tensor:
         result: Tensor = unpack(handle.inner if isinstance(handle, _Beside) else handle)
@@ -197,6 +204,16 @@ class Lease:
     def __init__(self, ledger: Ledger, x: Tensor, scope: str) -> None:
         self._ledger, self._storage = ledger, ledger.find(x, scope)
         ledger.count(self._storage)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else has a handle on its storage."""
+        return self._storage.handles == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its storage."""
+        return self._storage.nbytes
 
     def __del__(self) -> None:
         self._ledger.uncount(self._storage)

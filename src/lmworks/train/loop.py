@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lmworks.core.errors import LmworksError, Stopped, UsageError
+from lmworks.core.errors import LmworksError, OutOfMemory, Stopped, UsageError
 from lmworks.core.recipe import table_of
 from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
@@ -22,10 +22,12 @@ from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
 from lmworks.train.energy import Meter
-from lmworks.train.rate import memory_bytes, peak_flops
+from lmworks.train.footprint import in_words, listed, measured
+from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
 from lmworks.train.samples import must_fit_positions, sample
+from lmworks.train.shortage import explained
 from lmworks.train.sinks import Row
 from lmworks.train.slots import StepRecord, Watcher
 from lmworks.train.stop import StopRequest
@@ -75,7 +77,8 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
 MEASURE_EVERY = 100
 """Steps between two counts of the bytes that wait for the backward pass."""
 MEASURE_EARLY = (1, 3)
-"""The second step is counted as well, and the fourth: what a policy learns of the second is then in use."""
+"""Of each attempt the second step is counted as well, since the first one still makes what is kept from step to step;
+and the fourth: what a policy learns of the second is then in use."""
 DONE = Path("done")
 """Stands for a run that has reached its end."""
 
@@ -139,6 +142,8 @@ class Loop:
         self.placement, self.wire = built.placement, built.wire
         self.recipe, self.report, self.events = built.recipe, records.report, records.events
         self.progress = Progress()
+        self.began = 0
+        """The step that this attempt goes on from."""
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
         self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
         rate, source = peak_flops(built.device, built.dtype)
@@ -149,20 +154,25 @@ class Loop:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
         if stored is not None:
             self._restore(stored)
+        self.began = self.progress.step
         self.wire.wait()  # all have read before anything is deleted
         later = self.checkpoints.forget_after(self.progress.step) if self.wire.rank == 0 else []
         if later:
             self.report.note(f"the checkpoints of later steps are deleted: {', '.join(map(str, later))}")
         self.records.open(self.progress, parent=self.parent, peak=self.peak)
         try:
-            why = self._steps(stop)
+            with explained(
+                self.built.account, lambda: f"in step {self.progress.step + 1}", lambda: self.records.memory
+            ):
+                why = self._steps(stop)
         except BaseException as error:
-            if not isinstance(error, LmworksError):  # those are raised on all ranks, or where none waits for another
+            # the others are raised on all ranks, or where none waits for another
+            if not isinstance(error, LmworksError) or isinstance(error, OutOfMemory):
                 if self.wire.layout.ranks > 1:
                     error.add_note(f"last exchanges of this rank: {self.wire.last()}")
                 self.checkpoints.hurry()
             failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
-            with suppress(OSError, LmworksError):  # the first error is the one to tell
+            with suppress(OSError, LmworksError, ImportError, MemoryError):  # the first error is the one to tell
                 self.records.close(self.checkpoints.wait)
             raise
         self.records.close(self.checkpoints.wait)
@@ -205,11 +215,13 @@ class Loop:
         self.events.step = progress.step + 1
         lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
         books = self.built.step.books
-        books.on = progress.step in MEASURE_EARLY or progress.step % MEASURE_EVERY == 0
+        books.on = progress.step - self.began in MEASURE_EARLY or self.events.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), time.time()
         result = self.built.step()
         seconds = time.perf_counter() - start
         self.events.write("step", start=begun, end=begun + seconds)
+        if books.on:
+            self._measure()
         for note in result.notes:
             self.events.write("note", text=note)
             self.report.note(note)
@@ -246,6 +258,21 @@ class Loop:
             seconds=seconds,
             validation=found,
         )
+
+    def _measure(self) -> None:
+        """What each class of memory takes, while gradients are there; told once."""
+        built, account, first = self.built, self.built.account, self.records.memory is None
+        seen = measured(
+            built.placement.model.parameters(),
+            optimizer=built.step.update.held_bytes(),
+            saved=None if self.recipe.compile else built.step.books.peak,
+            logits=account.predicted.logits,
+            whole=most_bytes(built.device) - account.before,
+        )
+        self.records.memory = seen
+        self.events.write("memory", predicted=account.predicted.by_class(), measured=seen.by_class())
+        if first:
+            self.report.note(f"memory: {in_words(seen.total)} beside the program: {listed(seen)}")
 
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"):

@@ -30,9 +30,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from lmworks.core.errors import LmworksError
 from lmworks.parallel.pipeline import Clock
 from lmworks.parallel.schedule import Action, Kind
-from lmworks.train.handles import Handle, Stays, counter, edited, unpack
+from lmworks.train.handles import Handle, Stays, counter, unpack
 from lmworks.train.lanes import moment, on
-from lmworks.train.ledger import Ledger, is_parameter
+from lmworks.train.ledger import Ledger, edited, is_parameter
 from lmworks.train.moved import Backend, Busy, Facts, Parcel, Pass, Piece, Visit
 
 Ahead = Literal["off", "block", "chunk"]
@@ -152,8 +152,8 @@ class TensorCache:
         if parcel is not None:
             return Handle(self, x, parcel, self._pass.piece)
         stays = Stays(self, x, visit.name, self._pass.piece)
-        if not small and stays.kept.alone:
-            visit.nbytes += stays.kept.nbytes
+        if not small and stays.lease.alone:
+            visit.nbytes += stays.lease.nbytes
         return stays
 
     def _parcel(self, x: Tensor, visit: Visit) -> Parcel | None:

@@ -6,6 +6,7 @@ asked for.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ Named = list[tuple[str, nn.Parameter]]
 
 EMBEDDINGS = ("embed.", "positions.")
 """Name prefixes of tables that are looked up by index."""
+
+
+def values_of(shapes: Iterable[Sequence[int]]) -> int:
+    """How many values tensors of these shapes have."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool) -> list[dict[str, Any]]:
@@ -190,6 +196,10 @@ class AdamW(PlainOptimizer):
         """torch.optim.AdamW over all groups."""
         return [torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)]
 
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Two moments, and a count of each parameter's steps."""
+        return 8 * values_of(shapes.values()) + 4 * len(shapes)
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +227,10 @@ class SGD(PlainOptimizer):
         """torch.optim.SGD over all groups."""
         return [torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)]
 
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The momentum, where there is one."""
+        return 4 * values_of(shapes.values()) if self.momentum else 0
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +246,10 @@ class Lion(PlainOptimizer):
     def optimizers(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
         """Our own Lion over all groups."""
         return [LionOptimizer(groups, lr=self.lr, betas=self.betas)]
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The momentum."""
+        return 4 * values_of(shapes.values())
 
 
 @final
@@ -293,3 +311,9 @@ class Muon(PlainOptimizer):
         if rest:
             found.append(torch.optim.AdamW(rest, lr=self.lr, betas=self.betas, eps=self.eps, fused=True))
         return found
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """A momentum of each hidden matrix, AdamW's state of the rest."""
+        hidden = {name for name, shape in shapes.items() if len(shape) == 2 and name.startswith("blocks.")}
+        rest = [shape for name, shape in shapes.items() if name not in hidden]
+        return 4 * values_of(shapes[name] for name in hidden) + 8 * values_of(rest) + 4 * len(rest)

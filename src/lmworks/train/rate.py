@@ -62,6 +62,13 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def most_bytes(device: torch.device) -> int:
+    """The most memory in use since training began, with what the C library keeps (`memory.py`): no less than now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return memory_bytes(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory the process has had so far."""
     if device.type == "cuda":

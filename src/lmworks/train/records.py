@@ -22,6 +22,7 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
+from lmworks.train.footprint import Footprint, as_table
 from lmworks.train.rate import peak_memory_bytes
 from lmworks.train.sinks import Row, Writer
 
@@ -104,6 +105,8 @@ class Records:
         self.folder = run if self.first else run.of_rank(rank)
         axes = {axis: layout.place(rank, axis) for axis in AXES if layout.size(axis) > 1}
         self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes)
+        self.memory: Footprint | None = None
+        """What this rank takes; None before it was measured."""
         self._sinks: list[Writer] = []
         self._began = began
         self._wall_before = 0.0
@@ -188,10 +191,17 @@ class Records:
             "flops": progress.flops,
             "tokens_per_second": trained / progress.seconds,
             "peak_memory_bytes": progress.peak_memory_bytes,
+            "memory": {
+                "predicted": self.built.account.predicted.by_class(),
+                "measured": None if self.memory is None else self.memory.by_class(),
+            },
             "changes": progress.changes,
             "stopped": progress.stopped,
         }
         write_json(self.folder.summary, summary)
+        if self.memory is not None:
+            table = as_table(self.built.account.predicted, self.memory)
+            self.report.note("\n".join(["memory beside the program itself:", *(f"  {line}" for line in table)]))
 
     def _write_record(self, step: int, parent: Path | None, peak: tuple[float, str]) -> None:
         built, device = self.built, self.built.device

@@ -32,6 +32,7 @@ from lmworks.parallel.shard import local
 from lmworks.parallel.timeline import Timeline, simulate
 from lmworks.parallel.traffic import Work, traffic
 from lmworks.parallel.wire import alone
+from lmworks.train.by_block import ByBlock, Rule
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.probe import Probe
 from lmworks.train.saved import Keep, Recompute
@@ -76,7 +77,7 @@ class Scene:
             sequence=self.length,
             value_bytes=value_bytes,
             weight_bytes=value_bytes,
-            recompute_every=self.saved.every if isinstance(self.saved, Recompute) else None,
+            recomputed=frozenset(block for block in range(self.model.n_layers) if self.saved.again(block)),
         )
 
 
@@ -146,11 +147,12 @@ def stepping(made: Placement, scene: Scene) -> Step:
     )
 
 
-def _in_memory(saved: Saved) -> Saved:
+def _in_memory(saved: Saved, blocks: int) -> Saved:
     """The policy that makes the same passes; where saved tensors wait does not change what ranks exchange."""
-    if saved.leaves:
-        return Recompute() if getattr(saved, "recompute", False) else Keep()
-    return saved
+    if isinstance(saved, Keep | Recompute):
+        return saved
+    again = tuple(block for block in range(blocks) if saved.again(block))
+    return ByBlock(rules=(Rule(blocks=again, policy=Recompute()),)) if again else Keep()
 
 
 class MadeUp:
@@ -311,7 +313,7 @@ def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
         optimizer=recipe.optimizer,
         objective=recipe.objective,
         gradient=recipe.gradient,
-        saved=_in_memory(recipe.saved),
+        saved=_in_memory(recipe.saved, model.n_layers),
     )
     return scene, said
 

@@ -102,8 +102,9 @@ class Checkpoints:
             return
         held = {name: {k: _held(v) for k, v in tensors.items()} for name, tensors in snapshot.tensors.items()}
         copy = Snapshot(tensors=held, state=json.loads(json.dumps(snapshot.state)), boxes=snapshot.boxes)
-        self._thread = threading.Thread(target=self._guarded, args=(step, copy), name="checkpoint", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=self._guarded, args=(step, copy), name="checkpoint", daemon=False)
+        thread.start()
+        self._thread = thread  # one that could not be started is not waited for
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises CheckpointError when the write failed."""

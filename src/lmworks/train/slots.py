@@ -167,11 +167,32 @@ class Gradient(ABC):
         """Change `.grad` in place. `norm` is the global norm as it came from the backward pass; returns metrics."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockBytes:
+    """What a block could keep of one micro-batch on one rank, in bytes, told from sizes."""
+
+    number: int
+    """Of the block in the whole model."""
+    whole: int
+    """All that autograd saves, its input included."""
+    entrance: int
+    """Its input alone."""
+    products: int
+    """What its linear layers and fused attention give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that a policy holds in memory for one block and micro-batch."""
+
+    waiting: int
+    """From the end of its forward pass to the start of its backward pass."""
+    working: int
+    """On top of that while its backward pass is at work."""
+
+
 class Saved(ABC):
     """What blocks keep for their backward pass. Set on the model once, before anything is compiled or sharded."""
-
-    leaves: ClassVar[bool] = False
-    """Whether saved tensors leave memory while a step runs: on a CPU what is freed must then go back to the system."""
 
     @abstractmethod
     def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
@@ -195,6 +216,18 @@ class Saved(ABC):
     def apply(self, model: Backbone, books: Ledger | None = None) -> Sequence[TensorCache]:
         """Arrange all blocks of the model."""
         return self.arrange(dict(model.get_submodule("blocks").named_children()), books)
+
+    def leaves(self) -> bool:
+        """Whether saved tensors leave memory within a step: on a CPU what is freed must then go back to the system."""
+        return False
+
+    def again(self, block: int) -> bool:
+        """Whether a block's forward pass is made again in the backward pass, exchanges among ranks included."""
+        return False
+
+    def held(self, blocks: Sequence[BlockBytes]) -> Sequence[Held] | None:
+        """What it will hold of these blocks, in their order, told from sizes; None: not known beforehand."""
+        return None
 
 
 class Update(ABC):
@@ -243,6 +276,13 @@ class Optimizer(ABC):
     @abstractmethod
     def build(self, model: Backbone) -> Update:
         """The running optimizer over the model's trainable parameters, grouped by name."""
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """Bytes of its state once it has stepped; None: not known beforehand.
+
+        `shapes`: of each float32 parameter that is trained, by name: those of this rank's part.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,9 @@ class CoatActivations(Saved):
                 path="", text="coat knows the blocks of model.use = 'decoder'. Legal here: keep, recompute, offload"
             )
             return
+        if recipe.precision.startswith("float8"):
+            text = "coat's products are on eight-bit floats themselves. Legal: precision = 'bf16', or another policy"
+            yield Problem(path="", text=text)
         if getattr(recipe.layout, "tp", 1) > 1:
             text = "coat's products are not divided over tp. Legal: layout.tp = 1, with dp_shard or pp in its place"
             yield Problem(path="", text=text)

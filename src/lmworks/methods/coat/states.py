@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, final
 
@@ -45,6 +46,18 @@ class Coat(Optimizer):
     def core(self) -> Optimizer:
         """The optimizer inside."""
         return self.around.core()
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """Codes and vectors in the place of each moment of the optimizer inside, and what else that one keeps."""
+        inner = self.around.state_bytes(shapes)
+        if inner is None:
+            return None
+        vectors = 4 * (3 if self.expand else 1)
+        for name, shape in shapes.items():
+            values, many = math.prod(shape), (1024,) * len(shape)
+            moments = (self.around.state_bytes({name: many}) or 0) // (4 * math.prod(many))
+            inner += moments * (values + vectors * -(-values // self.group) - 4 * values)
+        return inner
 
     def build(self, model: Backbone) -> Update:
         """The running optimizer. Raises UsageError for weights that are not float32 (or float64)."""

@@ -23,8 +23,8 @@ block stays. If it is another one's, that one's last block is asked for while th
 a pipeline every forward pass is followed by its own backward pass.
 
 **Plan.** All blocks go out for two steps: the first one sizes buffers, the second is measured. Block i computes t_i
-seconds forward and b t_i backward (b = 2; 3 with `recompute`) and saves V_i bytes; head and loss take `rest` seconds in
-between; W is the measured rate. The paper walks forward and lets the first n with
+seconds forward and b t_i backward (b = 2; 3 where blocks are run again) and saves V_i bytes; head and loss take `rest`
+seconds in between; W is the measured rate. The paper walks forward and lets the first n with
 
     need(n) = (V_before + 2 V_n) / ((1 + b) sum t + rest - b t_before) > W
 
@@ -45,7 +45,7 @@ The plan, the measured rates and how long a disk of `endurance_bytes` lasts are 
 
 - When memory is short and an NVMe is near: the freed memory buys a larger micro-batch, or fewer recomputed blocks.
 - All blocks go out where the disk writes and reads about V / (1.5 t), saved bytes over forward time. Below, the plan
-  keeps blocks, and `recompute = true` sends a block's input only, a twentieth of the bytes.
+  keeps blocks, and `around = "recompute"` sends a block's input only, a twentieth of the bytes.
 - `to = "host"` beside a GPU with host memory to spare: no wear, and PCIe is faster than most disks.
 - Not on a network file system, not on one in memory: both are told. A disk that is worn out within a year is told.
 - Learning rate, batch and seeds stay as they are. On a CPU it shows what it saves; a step takes longer there, since the
@@ -81,20 +81,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Annotated, Any, Literal, final
 
 from torch import nn
 
 from lmworks.core.errors import Problem
 from lmworks.core.home import home
-from lmworks.core.recipe import NonNegativeInt, PositiveFloat, PositiveInt
+from lmworks.core.recipe import NonNegativeInt, PositiveFloat, PositiveInt, Slot
 from lmworks.methods.ssdtrain.gpudirect import GpuDirect
 from lmworks.methods.ssdtrain.pilot import Flight, Pilot
 from lmworks.train.backends import Disk, Host
 from lmworks.train.ledger import Forward, Ledger
 from lmworks.train.moved import Backend
 from lmworks.train.offload import TensorCache, sent
-from lmworks.train.saved import recomputed
+from lmworks.train.saved import Keep, refused_around
 from lmworks.train.slots import Saved
 
 
@@ -103,7 +103,6 @@ from lmworks.train.slots import Saved
 class SSDTrain(Saved):
     """Saved tensors wait on a disk, as many as it brings back in time (Wu et al., 2024)."""
 
-    leaves: ClassVar[bool] = True
     """While a step runs."""
     to: Literal["disk", "host", "gpudirect"] = "disk"
     """Files; pinned host memory; or files that the GPU reads and writes itself, which needs kvikio."""
@@ -117,8 +116,9 @@ class SSDTrain(Saved):
     """What is read back early: whole blocks, four storages at a time (less memory, less time), or nothing."""
     least_bytes: NonNegativeInt = 1 << 20
     """Smaller tensors stay."""
-    recompute: bool = False
-    """Send only a block's input out, and run the block again in the backward pass."""
+    around: Annotated[Saved, Slot("saved")] = Keep()
+    """What blocks save at all. Around "recompute" only their inputs go out, and blocks are run again; around "coat"
+    what goes out is in eight bits."""
     threads: PositiveInt = 2
     """Threads that write, and as many that read."""
     queue_bytes: PositiveInt = 4 << 30
@@ -134,6 +134,7 @@ class SSDTrain(Saved):
                 "ssdtrain works on blocks that are not compiled. Legal: compile = false, or saved.use = keep, recompute"
             )
             yield Problem(path="compile", text=text)
+        yield from refused_around(self.around)
         if self.to == "gpudirect" and recipe.device == "cpu":
             yield Problem(
                 path="to", text="'gpudirect' is between a GPU and a disk, and device = 'cpu'. Legal: disk, host"
@@ -151,8 +152,16 @@ class SSDTrain(Saved):
             yield Problem(path="use", text=text)
 
     def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
-        """Once, or twice with `recompute`."""
-        return recomputed(block.forward, name, books) if self.recompute else block.forward
+        """As the policy inside makes it."""
+        return self.around.passes(block, name, books)
+
+    def again(self, block: int) -> bool:
+        """As the policy inside says."""
+        return self.around.again(block)
+
+    def leaves(self) -> bool:
+        """They do."""
+        return True
 
     def arrange(self, blocks: Mapping[str, nn.Module], books: Ledger | None = None) -> Sequence[TensorCache]:
         """Wrap the blocks' forward; the cache that holds what went out, steered by a pilot of its own."""
@@ -164,7 +173,7 @@ class SSDTrain(Saved):
             names=tuple(blocks),
             plan=self.plan,
             bandwidth=self.bandwidth,
-            recompute=self.recompute,
+            again=any(self.again(int(name)) for name in blocks),
             deeper=self.prefetch == "block",
             folders=() if self.to == "host" else folders,
             endurance=self.endurance_bytes,

@@ -28,7 +28,8 @@ class Flight:
     """Blocks in the order of the forward pass."""
     plan: Literal["strict", "paper", "all"]
     bandwidth: Literal["profile"] | float | tuple[float, float]
-    recompute: bool
+    again: bool
+    """Whether blocks are run again in the backward pass."""
     deeper: bool
     """Whether the plan may ask for more blocks ahead than one."""
     folders: tuple[Path, ...] = ()
@@ -87,7 +88,7 @@ class Pilot:
         facts.notes += self._told(goes, write, read, written, facts.seconds)
 
     def _plan(self, seconds: list[float], nbytes: list[float], facts: Facts, write: float, read: float) -> int:
-        backward = BACKWARD + self.flight.recompute
+        backward = BACKWARD + self.flight.again
         rest = _mean(facts.between())
         if self.flight.plan == "all":
             return len(seconds)
@@ -114,7 +115,7 @@ class Pilot:
         years = self.flight.endurance / written * seconds / YEAR
         notes = [f"{text}; at this rate {size(self.flight.endurance)} of writing last {years:.2g} years"]
         if years < 1:
-            less = "recompute = true, a larger least_bytes, or to = 'host'"
+            less = "around = 'recompute', a larger least_bytes, or to = 'host'"
             notes.append(f"saved tensors: the disk would be worn out in {years:.2g} years. Less is written with {less}")
         return notes
 
