@@ -190,6 +190,7 @@ def main() -> None:
         "rounds": options.rounds,
         "steps": options.steps,
         "load_average_before": load,
+        "loaded": load > (os.cpu_count() or 1),  # others were at work: bytes hold, seconds do not
         "results": rows,
         "runs": runs,
     }

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,8 @@ def test_check_prints_the_resolved_recipe_and_runs_nothing(lmworks: Command, tmp
     answer = lmworks("train", "quickstart", "--check", "--set", "steps=77", "--set", "schedule.warmup=1")
     assert answer.code == 0
     assert "steps = 77" in answer.out
+    assert tomllib.loads(answer.out)["steps"] == 77, "what it takes in memory stands in comments"
+    assert "# optimizer state          20.5 MB" in answer.out
     assert list(tmp_path.iterdir()) == []
 
 

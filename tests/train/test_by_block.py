@@ -47,6 +47,7 @@ RULE = {"blocks": "0", "policy": "recompute"}
         ({"rules": [RULE, {"blocks": "-1", "policy": "recompute"}]}, "saved.rules.1.blocks", "stands in rules.0"),
         ({"rules": [{"blocks": "0-", "policy": "keep"}], "rest": "recompute"}, "saved.rest", "no effect"),
         ({"rules": [RULE], "rest": {"use": "by-block", "rules": [RULE]}}, "saved.rest", "does not stand in"),
+        ({"rules": [{"blocks": "0", "policy": "offload"}]}, "saved.rules.0.policy.last", "nothing would go out"),
         ({"rules": [{"blocks": "2-1", "policy": "recompute"}]}, "saved.rules.0", "write 1-2"),
         ({"rules": [{"blocks": "x", "policy": "recompute"}]}, "saved.rules.0", "names no blocks"),
         ({"rules": [{"blocks": "0", "policy": "recompue"}]}, "saved.rules.0.policy.use", "did you mean 'recompute'"),

@@ -232,6 +232,26 @@ def test_blocks_that_are_run_again_are_compiled_and_learn_the_same(policy: str) 
     assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("policy", ["keep", "input", "products"])
+def test_the_books_see_what_compiled_blocks_keep(policy: str) -> None:
+    """All of it outside of blocks: hooks do not go into compiled code, but around it."""
+    torch._dynamo.reset()
+    batch, made = toy.batch(2, 24, 61), built("llama", "bf16")
+    POLICIES[policy].apply(made)
+    made.compile_blocks()
+    expected = sum(oracle.storages([loss_of(made, batch)]).values())
+    books = Ledger()
+    with books.counting():
+        loss = loss_of(made, batch)
+    assert books.total == books.live["rest"] == expected
+    loss.backward()  # type: ignore[no-untyped-call]
+    gc.collect()
+    assert books.total == 0
+
+
 def test_a_policy_is_a_part_of_a_recipe(tmp_path: Path) -> None:
     table = {
         "use": "by-block",

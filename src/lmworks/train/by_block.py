@@ -13,7 +13,7 @@ from lmworks.core.errors import LmworksError, Problem
 from lmworks.core.recipe import NonNegativeInt, Slot
 from lmworks.train.ledger import Forward, Ledger
 from lmworks.train.offload import TensorCache
-from lmworks.train.saved import Keep
+from lmworks.train.saved import Keep, Offload
 from lmworks.train.slots import BlockBytes, Held, Saved
 
 FORM = 'numbers from 0 on and ranges, both ends included: "0-5, 8", "-3" for 0 to 3, "20-" for 20 and all behind it'
@@ -94,8 +94,12 @@ class ByBlock(Saved):
         if outside:
             text = f"names block {max(outside)}; the model has {count}, 0 to {count - 1}"
             yield Problem(path=f"rules.{i}.blocks", text=text)
+        named = [block for block in range(count) if rule.names(block)]
+        if isinstance(rule.policy, Offload) and named and rule.policy.last >= len(named):
+            text = f"is {rule.policy.last} of the rule's {len(named)} blocks: nothing would go out"
+            yield Problem(path=f"rules.{i}.policy.last", text=f"{text}. Legal: 0 to {len(named) - 1}")
         for j in range(i):
-            both = [block for block in range(count) if rule.names(block) and self.rules[j].names(block)]
+            both = [block for block in named if self.rules[j].names(block)]
             if both:
                 text = f"names block {both[0]}, which stands in rules.{j} already; a block has one policy"
                 yield Problem(path=f"rules.{i}.blocks", text=text)

@@ -276,9 +276,7 @@ def peak_of(saved: Saved, blocks: Sequence[BlockBytes], rest: int) -> int | None
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
-def measured(
-    parameters: Iterable[Tensor], *, optimizer: int, saved: int | None, logits: int | None, whole: int
-) -> Footprint:
+def measured(parameters: Iterable[Tensor], *, optimizer: int, saved: int, logits: int | None, whole: int) -> Footprint:
     """What a rank has, its gradients not yet dropped. `whole`: bytes of the allocator, or of the process, over what was
     there before the run was built."""
     parameters = list(parameters)

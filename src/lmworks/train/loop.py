@@ -265,7 +265,7 @@ class Loop:
         seen = measured(
             built.placement.model.parameters(),
             optimizer=built.step.update.held_bytes(),
-            saved=None if self.recipe.compile else built.step.books.peak,
+            saved=built.step.books.peak,
             logits=account.predicted.logits,
             whole=most_bytes(built.device) - account.before,
         )
