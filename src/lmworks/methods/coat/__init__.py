@@ -46,8 +46,9 @@ Weights are rounded when a product needs them, forward and again backward, so th
 bf16 training on one rank a bf16 copy of each matrix does. Where values are rounded, gradients pass as if they were not.
 Passes without gradient (validation, samples, export) use the weights as they are.
 
-On a GPU with products of eight-bit floats these are `torch._scaled_mm`'s. Elsewhere the same codes are made and
-multiplied in float32: the same numbers but for the order of additions, and slower than bf16.
+On a GPU with products of eight-bit floats these are `torch._scaled_mm`'s, and codes are made by Triton's kernels where
+Triton is installed. Elsewhere the same codes are made in plain PyTorch and multiplied in float32: the same numbers but
+for the order of additions, and slower than bf16.
 
 Columns of metrics.jsonl with `shadow = true`: `codec/first_error`, `codec/second_error`, `codec/direction_error`: how
 far the coded moments, and Adam's direction m / (sqrt(v) + 1e-8), are from those that were never coded, given the same
@@ -59,6 +60,8 @@ gradients; relative to their size.
   run is dominated by small tensors: their groups are short.
 - *Activations*: when saved tensors are what does not fit, on a GPU of Hopper's kind or later. They hold their own
   against recomputation: no block is run twice.
+- *Both with a disk*: `saved = { use = "offload", around = "coat" }`, or `ssdtrain` in its place: what goes out is in
+  eight bits.
 - `first` and `second` name the formats. E4M3 for both is the default; E4M3 and E5M2 is the paper's other choice.
 - `expand = false` leaves the scale alone: for comparison.
 - With FSDP codes are made of each rank's part. A checkpoint is gone on from by any layout; bit by bit where each tensor
@@ -81,8 +84,10 @@ gradients; relative to their size.
 ## Limits
 
 - Blocks of the family `decoder`, with widths and tokens of a micro-batch in multiples of 16. A mixture of experts stays
-  in bf16 while its block's attention is coded. tp is refused with activations; moments go with any layout.
+  in bf16 while its block's attention is coded. tp and `precision = "float8"` are refused with activations; moments go
+  with any layout and precision.
 - Tables, final norm, head and loss are not rounded.
+- Nothing of it has run on a GPU yet: kernels were held by Triton's interpreter and compiled, no more.
 - Speed: no claim without a GPU of that kind. On a CPU the rounding costs more than it saves.
 - The paper's 1.54x end-to-end memory is of several GPUs and may hold larger micro-batches; not known here.
 - The effect of k < 1 in long runs is not known.
