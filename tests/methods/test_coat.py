@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from lmworks.model import ops
 from lmworks.model.backbone import Backbone
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
+from lmworks.parallel.layout import Layout
+from lmworks.train.footprint import predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
@@ -195,6 +198,30 @@ def test_what_is_kept_is_what_the_formula_says() -> None:
     assert 0 < attention < 0.1 * peaks["keep"]
     assert peaks["coat"] - attention == pytest.approx(12.25 * width + 4.375 * ffn, rel=1e-3)
     assert peaks["coat"] <= 0.70 * (peaks["keep"] - weights)
+
+
+@pytest.mark.parametrize(("length", "packed"), [(64, False), (384, True), (1536, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["plain", "groups", "qk-norm", "window", "parallel", "uneven"])
+def test_saved_bytes_are_told_within_a_tenth(name: str, dtype: torch.dtype, length: int, packed: bool) -> None:
+    books = Ledger()
+    made = model(dtype, CoatActivations(), books, vocab_size=257, **SHAPES[name])
+    batch = toy.batch(1, length, 257, packed=packed)
+    with books.counting():
+        (CrossEntropy().loss(made, batch)["cross_entropy"].total / length).backward()
+    recipe = SimpleNamespace(
+        model=made.config,
+        batch_size=1,
+        micro_batch_size=None,
+        compile=False,
+        device="cpu",
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+        saved=CoatActivations(),
+        optimizer=AdamW(lr=1e-3),
+        data=SimpleNamespace(sequence_length=length),
+    )
+    told = predict(recipe, Layout(dp_shard=1), 0, vocabulary=257, document=1 / 0.15 if packed else None)
+    assert told.saved == pytest.approx(books.peak, rel=0.1)
 
 
 def test_nothing_wider_than_codes_is_kept_but_by_attention() -> None:

@@ -171,14 +171,24 @@ class _Work:
         if getattr(self.shape, "qk_norm", False):
             rows, normed = rows + mine.n_heads + mine.n_kv_heads, normed + query + mine.n_kv_heads * mine.head_dim
         per_token = values * self.value + self._wider(rows, normed)
+        between = 2 * query + 2 * mine.n_kv_heads * mine.head_dim + mine.n_heads * scores
+        between += query if fused and not self.plain else 0
+        heads = 0.0
+        if getattr(self.shape, "qk_norm", False):
+            count, inside = mine.n_heads + mine.n_kv_heads, query + mine.n_kv_heads * mine.head_dim
+            heads = (inside + count) * self.value + self._wider(count, inside)
         matrices = 0 if self.layout.size("fsdp") > 1 or self.value == WEIGHT else self._matrices(number)
         products = self._products(number) + (query + mine.n_heads if fused else 0)
-        between = tp if self.layout.sequence_parallel else 1
+        ranks = tp if self.layout.sequence_parallel else 1
         return BlockBytes(
             number=number,
             whole=round(self.tokens * per_token) + matrices,
-            entrance=self.tokens * width * self.value // between,
+            entrance=self.tokens * width * self.value // ranks,
             products=self.tokens * products * self.value,
+            attention=round(self.tokens * (between * self.value + heads)),
+            tokens=self.tokens,
+            width=width,
+            sizes=mine,
         )
 
     def _products(self, number: int) -> int:

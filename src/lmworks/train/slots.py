@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
+from lmworks.model.sizes import BlockSizes
 from lmworks.parallel.shard import local
 from lmworks.train.ledger import Forward, Ledger, counted
 
@@ -179,6 +180,14 @@ class BlockBytes:
     """Its input alone."""
     products: int
     """What its linear layers and fused attention give."""
+    attention: int = 0
+    """What attention keeps between its products: queries, keys, values, their norms, scores and the result."""
+    tokens: int = 0
+    """Of the micro-batch on this rank."""
+    width: int = 0
+    """D, of the residual stream."""
+    sizes: BlockSizes | None = None
+    """Heads and feed-forward width, as this rank holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,7 +19,7 @@ from lmworks.model.cache import BlockCache
 from lmworks.model.decoder import Block, DecoderConfig
 from lmworks.model.layers import Linear, SwiGLU, is_plain
 from lmworks.train.ledger import Forward, Ledger
-from lmworks.train.slots import Saved
+from lmworks.train.slots import BlockBytes, Held, Saved
 
 
 @final
@@ -33,6 +33,16 @@ class CoatActivations(Saved):
     def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
         """Once, on codes. Raises UsageError for a block whose products are not plain ones."""
         return coated(block, name)
+
+    def held(self, blocks: Sequence[BlockBytes]) -> Sequence[Held] | None:
+        """The table of the page, with what attention keeps; unknown for a mixture of experts."""
+        found = []
+        for block in blocks:
+            if block.sizes is None or block.sizes.experts:
+                return None
+            codes = 2 * (2.125 * block.width + 4) + 4.375 * block.sizes.ffn_size  # 4: 1 / rms of a row
+            found.append(Held(waiting=block.attention + round(block.tokens * codes), working=0))
+        return found
 
     def check(self, recipe: Any) -> Iterator[Problem]:
         """Other families, divided matrices, and sizes that are no whole groups."""
