@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -357,6 +358,14 @@ def test_codes_wait_elsewhere_as_well(saved: str, text: Path, cache: Path, tmp_p
         exact, _ = toy.train(toy.recipe(text, cache, steps=6, saved={**settings, "around": "keep"}), tmp_path / "exact")
         wide = [row["offload/stored"] + row["offload/forwarded"] for row in rows(exact.metrics) if "loss" in row]
         assert sum(stored) < 0.6 * sum(wide)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_learn_the_same(text: Path, cache: Path, tmp_path: Path) -> None:
+    eager, _ = toy.train(toy.recipe(text, cache, steps=4, **BOTH), tmp_path / "eager")
+    compiled, _ = toy.train(toy.recipe(text, cache, steps=4, **BOTH, compile=True), tmp_path / "compiled")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
 
 
 def test_two_micro_batches_have_the_gradient_of_both(text: Path, cache: Path, tmp_path: Path) -> None:

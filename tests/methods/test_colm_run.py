@@ -62,8 +62,8 @@ def made(corpus: Path, selector: dict[str, Any] | str, **more: Any) -> Any:
 
 
 def learned(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of a run without times and memory."""
-    timed = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "colm/seconds"}
+    """The rows of a run without times and memory; what is counted of memory hangs on where an attempt began."""
+    timed = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_bytes", "state_bytes", "colm/seconds"}
     return [{k: v for k, v in row.items() if k not in timed} for row in rows(folder.metrics)]
 
 

@@ -137,7 +137,7 @@ def test_an_edit_in_place_after_the_save_is_an_error(offload: TensorCache, late:
     hidden.data.add_(0)  # does not count as an edit
     with torch.no_grad():
         hidden.add_(1)
-    with pytest.raises(RuntimeError, match="block 7 saved"):
+    with pytest.raises(RuntimeError, match="saved in block 7"):
         y.sum().backward()
 
 

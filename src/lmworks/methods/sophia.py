@@ -171,7 +171,7 @@ class SophiaHealth(Watching):
         """A range that is none, and another optimizer."""
         if self.low >= self.high:
             yield Problem(path="low", text=f"{self.low} is not below high = {self.high}")
-        if not isinstance(recipe.optimizer, Sophia):
+        if not isinstance(recipe.optimizer.core(), Sophia):
             yield Problem(path="", text='has no effect: it watches optimizer = { use = "sophia" }')
 
 

@@ -166,7 +166,7 @@ def _place(
     step = Step(
         placement=placement,
         source=prepared.train(share=placement.share, pin=device.type == "cuda"),
-        selector=recipe.selector.start(model, recipe.optimizer, recipe.data.shares),
+        selector=recipe.selector.start(model, recipe.optimizer.core(), recipe.data.shares),
         objective=recipe.objective,
         gradient=recipe.gradient,
         update=recipe.optimizer.build(model),
