@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from lmworks.core import catalogue
+from lmworks.core import recipe as recipes
 from lmworks.core.errors import OutOfMemory
 from lmworks.parallel.layout import Layout
 from lmworks.train.footprint import Footprint, predict
@@ -83,7 +85,7 @@ def account(text: Path, cache: Path, **over: Any) -> Account:
 
 def test_changes_free_what_they_say(text: Path, cache: Path) -> None:
     before = account(text, cache, batch_size=8)
-    found = {tuple(change.values.items()): change for change in changes(before)}
+    found = {tuple((k, str(v) if isinstance(v, dict) else v) for k, v in c.values.items()): c for c in changes(before)}
     assert all(change.saving > 0 for change in found.values())
     saving = found[(("micro_batch_size", 2),)].saving
     smaller = account(text, cache, batch_size=8, micro_batch_size=2)
@@ -95,6 +97,19 @@ def test_changes_free_what_they_say(text: Path, cache: Path) -> None:
     assert (("optimizer.use", "lion"), ("optimizer.lr", 0.01)) in found
     assert (("optimizer.use", "lamb"), ("optimizer.lr", 0.01)) not in found, "it frees nothing"
     assert (("layout.dp_shard", 2),) in found
+    (coded,) = [change for change in found.values() if change.values.get("optimizer.use") == "coat"]
+    written = re.findall(r"--set ('[^']+'|\S+)", str(coded))
+    table = recipes.table_of(before.recipe)
+    changed = recipes.decode(recipes.apply_sets(table, [word.strip("'") for word in written]))
+    assert catalogue.name_of(changed.optimizer) == "coat"
+    assert changed.optimizer.core() == before.recipe.optimizer
+
+
+def test_a_change_is_found_beside_moments_in_codes(text: Path, cache: Path) -> None:
+    coded = {"use": "coat", "around": {"use": "adamw", "lr": 0.01}}
+    found = [change.values for change in changes(account(text, cache, batch_size=8, optimizer=coded))]
+    assert {"micro_batch_size": 4} in found
+    assert {"optimizer.use": "sgd", "optimizer.lr": 0.01} not in found, "it holds more"
 
 
 def test_what_cannot_be_is_not_offered(text: Path, cache: Path) -> None:

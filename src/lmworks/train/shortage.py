@@ -8,6 +8,7 @@ missing, and where there is none, the ones that come nearest.
 from __future__ import annotations
 
 import errno
+import json
 import re
 import resource
 import traceback
@@ -129,13 +130,21 @@ class Change:
     remark: str = ""
 
     def __str__(self) -> str:
-        sets = " ".join(f"--set {path}={_plain(value)}" for path, value in self.values.items())
+        sets = " ".join(f"--set {_quoted(f'{path}={_plain(value)}')}" for path, value in self.values.items())
         said = "; ".join(part for part in (f"{in_words(self.saving)} less", self.remark) if part)
         return f"{sets}  ({said})"
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """As TOML; a bare word for a text."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {json.dumps(inner)}" for key, inner in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _quoted(word: str) -> str:
+    """As a shell takes it."""
+    return f"'{word}'" if " " in word else word
 
 
 def changes(account: Account) -> list[Change]:
@@ -190,7 +199,8 @@ def _candidates(account: Account) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"precision": "bf16"}, "activations are rounded"
     for name, part in catalogue.SLOTS["optimizer"].parts.items():
         if name != catalogue.name_of(recipe.optimizer):
-            yield {"optimizer.use": name, "optimizer.lr": recipe.optimizer.lr}, f"another optimizer: {part.line}"
+            yield {"optimizer.use": name, "optimizer.around": recipes.table_of(recipe.optimizer)}, part.line
+            yield {"optimizer.use": name, "optimizer.lr": recipe.optimizer.core().lr}, f"another optimizer: {part.line}"
 
 
 def _saving(account: Account, values: dict[str, Any]) -> int:
