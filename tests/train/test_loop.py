@@ -260,6 +260,21 @@ def test_what_is_saved_where_does_not_change_what_is_learned(
     assert max(peaks[1]) < max(peaks[0])
 
 
+@pytest.mark.parametrize("saved", ["recompute", "offload", {"use": "ssdtrain", "around": "recompute"}])
+def test_a_run_goes_on_under_another_exact_policy(saved: Any, text: Path, cache: Path, tmp_path: Path) -> None:
+    whole, _ = toy.train(toy.recipe(text, cache), tmp_path / "whole")
+    toy.stopped(toy.recipe(text, cache), tmp_path / "run", 5)
+    folder, _ = toy.train(toy.recipe(text, cache, saved=saved), tmp_path / "run")
+    assert toy.learned(folder) == toy.learned(whole)
+
+
+def test_a_run_does_not_go_on_under_a_policy_that_rounds(text: Path, cache: Path, tmp_path: Path) -> None:
+    toy.stopped(toy.recipe(text, cache), tmp_path / "run", 5)
+    for saved in ("coat", {"use": "offload", "around": "coat"}):
+        with pytest.raises(UsageError, match=r"saved\.use: now '\w+', there 'keep'"):
+            toy.train(toy.recipe(text, cache, saved=saved), tmp_path / "run")
+
+
 def test_a_loss_that_explodes_stops_the_run_and_keeps_its_checkpoint(
     text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,22 @@ def _float8() -> str:
     return "a product and its gradients work" + ("" if cuda else ", slowly: a CPU is for trying a recipe")
 
 
+def _kernels() -> str:
+    import torch
+
+    from lmworks.maths import kernels
+
+    if not torch.cuda.is_available():
+        raise _Absent("kernels run on a GPU; the CPU has forms of its own")
+    if not kernels.there():
+        raise _Absent("Triton is not installed: the plain forms run, with more passes over memory")
+    if not kernels.work_on(torch.device("cuda", torch.cuda.current_device())):
+        raise RuntimeError(
+            "Triton cannot build kernels here, so the plain forms run; a C compiler is what it often misses"
+        )
+    return "Triton builds them"
+
+
 def _compiler() -> str:
     import shutil
 
@@ -185,6 +201,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "products": _products,
     "gpu": _gpu,
     "float8": _float8,
+    "kernels": _kernels,
     "training": _training,
     "C++ compiler": _compiler,
     "cache": _cache,

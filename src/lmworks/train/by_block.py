@@ -113,6 +113,10 @@ class ByBlock(Saved):
         """As its policy makes it."""
         return self._policy(int(name)).passes(block, name, books)
 
+    def exact(self) -> bool:
+        """Where all policies are."""
+        return all(policy.exact() for _, policy in self._named())
+
     def leaves(self) -> bool:
         """Where one policy's do."""
         return any(policy.leaves() for _, policy in self._named())

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lmworks.core.errors import LmworksError, OutOfMemory, Stopped, UsageError
-from lmworks.core.recipe import table_of
+from lmworks.core import recipe as recipes
+from lmworks.core.errors import LmworksError, OutOfMemory, RecipeError, Stopped, UsageError
 from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
 from lmworks.model.pieces import Pieces
@@ -24,7 +24,7 @@ from lmworks.train.build import Built, build, settle
 from lmworks.train.energy import Meter
 from lmworks.train.footprint import in_words, listed, measured
 from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
-from lmworks.train.recipe import MAY_DIFFER, Train
+from lmworks.train.recipe import MAY_DIFFER, Train, may_differ
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
 from lmworks.train.samples import must_fit_positions, sample
 from lmworks.train.shortage import explained
@@ -88,13 +88,21 @@ def _start(folder: RunFolder, recipe: Train, resume: str, wire: Wire) -> Path | 
     found = ""
     if wire.rank == 0:
         if folder.exists():
-            folder.must_match(recipe, may_differ=MAY_DIFFER)
+            folder.must_match(recipe, may_differ=_may_differ(folder, recipe))
         if folder.exists() and folder.is_done() and resume == "auto":
             found = str(DONE)
         else:
             found = str(_checkpoint(folder, resume) or "")
     found = wire.told(found)
     return DONE if found == str(DONE) else Path(found) if found else None
+
+
+def _may_differ(folder: RunFolder, recipe: Train) -> tuple[str, ...]:
+    """What may be otherwise than in the run that lives here; of a recipe that cannot be read any more, the least."""
+    try:
+        return may_differ(recipe, recipes.load(folder.recipe))
+    except RecipeError:
+        return MAY_DIFFER
 
 
 def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
@@ -364,7 +372,7 @@ class Loop:
 
 def parts_of(recipe: Train) -> dict[str, Any]:
     """The settings of the parts whose state is in a checkpoint, or that act on the gradients it goes on with."""
-    table = table_of(recipe)
+    table = recipes.table_of(recipe)
     return {slot: table[slot] for slot in ("optimizer", "selector", "gradient", "watchers")}
 
 

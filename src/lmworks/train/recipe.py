@@ -113,5 +113,11 @@ class Train:
                 yield Problem(path=f"validation.{name}", text=text)
 
 
+def may_differ(now: Train, there: Train) -> tuple[str, ...]:
+    """Settings that a resumed run may change: they do not touch what is learned. What is kept for the backward pass is
+    one of them where neither policy rounds."""
+    return (*MAY_DIFFER, "saved") if now.saved.exact() and there.saved.exact() else MAY_DIFFER
+
+
 MAY_DIFFER = ("validation", "samples", "checkpoints", "sinks", "max_minutes", "threads", "layout", "micro_batch_size")
-"""Settings that a resumed run may change: they do not touch what is learned."""
+"""Those that hang on nothing else."""

@@ -32,6 +32,10 @@ class Keep(Saved):
         """As they are."""
         return block.forward
 
+    def exact(self) -> bool:
+        """It is what others are held against."""
+        return True
+
     def held(self, blocks: Sequence[BlockBytes]) -> Sequence[Held]:
         """All of it."""
         return [Held(waiting=block.whole, working=0) for block in blocks]
@@ -51,6 +55,10 @@ class Recompute(Saved):
     def passes(self, block: nn.Module, name: str, books: Ledger | None = None) -> Forward:
         """Twice where the block is chosen."""
         return recomputed(block.forward, name, books, keep=self.keep) if self.again(int(name)) else block.forward
+
+    def exact(self) -> bool:
+        """The second pass gives what the first one gave."""
+        return True
 
     def again(self, block: int) -> bool:
         """Of the chosen ones."""

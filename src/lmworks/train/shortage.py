@@ -26,6 +26,7 @@ from lmworks.core.errors import LmworksError, OutOfMemory
 from lmworks.parallel.layout import Layout, problems_of
 from lmworks.train.footprint import WORDS, Footprint, as_table, in_words, predict
 from lmworks.train.rate import memory_bytes
+from lmworks.train.recipe import may_differ
 
 WORDS_OF_ALLOCATORS = (
     "can't allocate memory",
@@ -151,9 +152,19 @@ def changes(account: Account) -> list[Change]:
     """All changes that free something, those first that change nothing else but speed."""
     found = []
     for values, remark in _candidates(account):
-        if (saving := _saving(account, values)) > 0:
-            found.append(Change(values=values, saving=saving, remark=remark))
+        changed = _changed(account, values)
+        if changed is not None and (saving := _saving(account, changed)) > 0:
+            goes_on = _goes_on(account.recipe, changed)
+            words = remark if goes_on else "; ".join(part for part in (remark, "with --resume never") if part)
+            found.append(Change(values=values, saving=saving, remark=words))
     return found
+
+
+def _goes_on(recipe: Any, changed: Any) -> bool:
+    """Whether a run may go on with the changed settings."""
+    free = may_differ(changed, recipe)
+    paths = recipes.differences(recipes.table_of(changed), recipes.table_of(recipe))
+    return all(path.partition(".")[0] in free for path in paths)
 
 
 def _advice(account: Account, missing: int) -> str:
@@ -169,7 +180,7 @@ def _advice(account: Account, missing: int) -> str:
     return "\n".join([title, *(f"    {change}" for change in nearest), f"    {_AGAIN}"])
 
 
-_AGAIN = "with --resume never where the folder holds a run of the old settings; its checkpoints are kept"
+_AGAIN = "and the same command otherwise: it goes on from the last checkpoint, where there is one"
 
 
 def _one_of_a_kind(found: list[Change]) -> list[Change]:
@@ -203,14 +214,19 @@ def _candidates(account: Account) -> Iterator[tuple[dict[str, Any], str]]:
             yield {"optimizer.use": name, "optimizer.lr": recipe.optimizer.core().lr}, f"another optimizer: {part.line}"
 
 
-def _saving(account: Account, values: dict[str, Any]) -> int:
-    """Bytes that other settings free, as far as both sides are known; 0 for settings that cannot be."""
+def _changed(account: Account, values: dict[str, Any]) -> Any:
+    """The recipe with other settings; None where they cannot be."""
     try:
         changed = recipes.decode(recipes.with_values(recipes.table_of(account.recipe), values))
-        layout = changed.layout
-        if not isinstance(layout, Layout) or problems_of(changed):
-            return 0
-        told = predict(changed, layout, account.rank, vocabulary=account.vocabulary, document=account.document)
+    except LmworksError:
+        return None
+    return changed if isinstance(changed.layout, Layout) and not problems_of(changed) else None
+
+
+def _saving(account: Account, changed: Any) -> int:
+    """Bytes that other settings free, as far as both sides are known."""
+    try:
+        told = predict(changed, changed.layout, account.rank, vocabulary=account.vocabulary, document=account.document)
     except LmworksError:
         return 0
     pairs = [(now, told.by_class()[name]) for name, now in account.predicted.by_class().items()]

@@ -226,6 +226,11 @@ class Saved(ABC):
         """Arrange all blocks of the model."""
         return self.arrange(dict(model.get_submodule("blocks").named_children()), books)
 
+    def exact(self) -> bool:
+        """Whether what is learned is to the bit what `keep` learns. A policy around another is as exact as that one."""
+        inner = getattr(self, "around", None)
+        return isinstance(inner, Saved) and inner.exact()
+
     def leaves(self) -> bool:
         """Whether saved tensors leave memory within a step: on a CPU what is freed must then go back to the system."""
         return False
