@@ -23,7 +23,6 @@ from typing import Any
 import evidence_file
 import torch
 
-from lmworks.core import catalogue
 from lmworks.core.recipe import decode_part
 from lmworks.model.backbone import Backbone
 from lmworks.model.decoder import DecoderConfig
@@ -32,6 +31,7 @@ from lmworks.parallel.apply import place
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import alone
 from lmworks.train.ledger import Ledger
+from lmworks.train.memory import keep_freed_memory, return_freed_memory
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.offload import TensorCache
 from lmworks.train.optim import AdamW
@@ -51,15 +51,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "products": {"use": "recompute", "keep": "products"},
     "host": {"use": "offload", "to": "host"},
     "disk": {"use": "offload", "to": "disk"},
+    "coat": {"use": "coat"},
+    "coat-disk": {"use": "offload", "to": "disk", "around": "coat"},
 }
 """The policies by the name of the arm."""
-NEWER = ("coat",)
-"""Policies that take part where this lmworks has them."""
-
-
-def arms() -> dict[str, dict[str, Any]]:
-    """Every arm that this lmworks can run."""
-    return ARMS | {name: {"use": name} for name in NEWER if name in catalogue.SLOTS["saved"].parts}
 
 
 def stepping(policy: dict[str, Any], size: dict[str, Any], books: Ledger) -> Step:
@@ -67,6 +62,7 @@ def stepping(policy: dict[str, Any], size: dict[str, Any], books: Ledger) -> Ste
     shape = {name: value for name, value in size.items() if name not in ("rows", "length")}
     config = DecoderConfig(vocab_size=4096, tied=True, **shape)
     saved = decode_part("saved", policy)
+    (return_freed_memory if saved.leaves() else keep_freed_memory)()  # as a run does
     caches: list[TensorCache] = []
 
     def arrange(chunk: Backbone) -> None:
@@ -102,7 +98,7 @@ def stepping(policy: dict[str, Any], size: dict[str, Any], books: Ledger) -> Ste
 def measure(arm: str, size: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     """One arm in this process: a step to warm up, some that are timed, one of which the bytes are counted."""
 
-    policy = dict(arms()[arm])
+    policy = dict(ARMS[arm])
     if policy.get("to") == "disk":
         policy["folders"] = [str(folder)]
     books, before = Ledger(on=False), memory_bytes(torch.device("cpu"))
@@ -168,10 +164,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="timed, of an arm in a round")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--arms", nargs="+", choices=arms(), default=list(arms()))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--folder", type=Path, help="where the arm 'disk' writes; left out: a temporary folder")
     parser.add_argument("--no-evidence", action="store_true")
-    parser.add_argument("--arm", choices=arms(), help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         print(json.dumps(measure(options.arm, SIZES[options.size], options.steps, options.folder)))
