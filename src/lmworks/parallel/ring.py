@@ -127,8 +127,8 @@ class _Found:
 
 
 def _keep(ctx: Any, q: Tensor, k: Tensor, v: Tensor, found: _Found, wire: Wire, sight: Sight) -> Tensor:
-    """What the backward pass needs; the result."""
-    out = found.out.to(q.dtype)
+    """What the backward pass needs; the result, in the order (B, T, N, h) in which the next layer keeps it too."""
+    out = found.out.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2)
     ctx.save_for_backward(q, k, v, out, found.lse)
     ctx.over = (wire, sight)
     return out
