@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,15 @@ def test_a_run_on_two_ranks_is_the_run_of_one_and_goes_on(text: Path, cache: Pat
     notes = gang.run(ranked.train, 2, plain, str(tmp_path / "two"), str(middle))
     assert any("going on from step 5" in note for note in notes[0])
     assert ranked.losses(tmp_path / "two") == whole
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ["all-gather", "ring", "tokenring"])
+def test_what_waits_for_the_backward_pass_is_what_was_planned(
+    engine: str, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    """q, k, v, out and lse of a rank's own tokens; with all-gather, the keys of all ranks and a mask."""
+    layout = {"cp": 2, "dp_shard": 1, "context": engine}
+    gang.run(ranked.train, 2, ranked.table(text, cache, layout=layout) | {"steps": 3}, str(tmp_path / "run"))
+    memory = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
+    assert memory["measured"]["saved"] == pytest.approx(memory["predicted"]["saved"], rel=1e-2)
