@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
 from lmworks.model.decoder import DecoderConfig
 from lmworks.parallel.layout import AXES, VIEWS, Layout
 from lmworks.parallel.pipeline import block_costs, cheapest, held_by, holder, split
 from lmworks.parallel.shard import shares
 from lmworks.parallel.world import lines
+from lmworks.train.build import settle
 
 DEGREES = st.fixed_dictionaries({axis: st.integers(1, 3) for axis in AXES})
 
@@ -112,3 +114,36 @@ def test_shares_tile_what_is_divided(size: int, ranks: int) -> None:
     found = shares(size, ranks)
     assert [entry for start, length in found for entry in range(start, start + length)] == list(range(size))
     assert max(length for _, length in found) - min(length for _, length in found) <= 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sets", "told"),
+    [
+        (2, ["layout.context=ring"], r"layout\.context: has no effect with cp = 1"),
+        (2, ["layout.order=striped"], r"layout\.order: has no effect with cp = 1"),
+        (2, ["layout.sequence_parallel=true"], r"layout\.sequence_parallel: has no effect with tp = 1"),
+        (4, ["layout.cp=4"], "holds two runs of a row's tokens, but sequence_length = 60; take a multiple of 8, as 64"),
+        (
+            7,
+            ["layout.cp=7", "layout.order=contiguous"],
+            "7 ranks holds as many of a row's tokens.* multiple of 7, as 63",
+        ),
+        (4, ["layout.cp=4", "layout.context=ulysses"], "4 ranks of cp some of the 6 key/value heads.* cp = 1, 2, 3, 6"),
+        (4, ["layout.cp=2", "layout.tp=2", "layout.context=ulysses"], "2 ranks of cp some of the 3 .* cp = 1, 3, or"),
+        (
+            4,
+            ["layout.cp=2", "layout.tp=2", "layout.order=striped", "layout.sequence_parallel=true", "L=58"],
+            r"sequence_length = 58 is not divisible by 4; take 60",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_divided_so_are_refused_with_what_can(ranks: int, sets: list[str], told: str) -> None:
+    plain = ["layout.use=ranks", "model.n_heads=6", "model.n_kv_heads=6", "model.head_dim=8", "data.sequence_length=60"]
+    sets = [line.replace("L=", "data.sequence_length=") for line in sets]
+    with pytest.raises(RecipeError, match=told):
+        settle(recipes.load("quickstart", verb="train", sets=plain + sets), ranks)
+
+
+def test_a_division_that_one_order_cannot_make_another_can() -> None:
+    sets = ["layout.cp=4", "layout.order=striped", "data.sequence_length=60"]
+    assert settle(recipes.load("quickstart", verb="train", sets=sets), 4).layout.runs == 4

@@ -54,6 +54,21 @@ CASES = [
     Case("cp-2-window", {"cp": 2}, model="window"),
     Case("cp-2-biases", {"cp": 2}, model="gpt2"),
     Case("cp-4", {"cp": 4}),
+    *(Case(f"cp-2-{order}", {"cp": 2, "order": order}, micro=4) for order in ("contiguous", "striped")),
+    *(
+        Case(f"cp-2-{engine}-{order}", {"cp": 2, "context": engine, "order": order}, micro=4)
+        for engine in ("ring", "tokenring", "ulysses")
+        for order in ("zigzag", "contiguous", "striped")
+    ),
+    *(
+        Case(f"cp-2-{engine}-window", {"cp": 2, "context": engine, "order": order}, model="window")
+        for engine, order in (("ring", "contiguous"), ("tokenring", "striped"), ("ulysses", "zigzag"))
+    ),
+    *(Case(f"cp-2-{e}-recompute", {"cp": 2, "context": e}, recompute=True) for e in ("ring", "tokenring", "ulysses")),
+    Case("cp-4-ring", {"cp": 4, "context": "ring", "order": "contiguous"}, model="window"),
+    Case("cp-4-tokenring", {"cp": 4, "context": "tokenring"}),
+    Case("cp-4-ulysses", {"cp": 4, "context": "ulysses", "order": "striped"}, model="gpt2"),
+    Case("cp-2-tp-2-tokenring", {"cp": 2, "tp": 2, "context": "tokenring"}, micro=4),
     Case("pp-2-tp-2", {"pp": 2, "tp": 2}, micro=2),
     Case("pp-2-sp-2", {"pp": 2, "tp": 2, "sequence_parallel": True}, micro=2),
     Case("pp-2-fsdp-2", {"pp": 2, "dp_shard": 2}, micro=1),

@@ -294,6 +294,7 @@ METHODS: dict[str, Method] = {
         2024,
         "context-parallel attention that uses both directions of the links",
         ("layout",),
+        "methods.tokenring",
     ),
     "torchtitan": Method(
         "TorchTitan: One-stop PyTorch native solution for production ready LLM pre-training",

@@ -22,48 +22,48 @@ from lmworks.parallel.wire import Wire
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _eager(function: Function) -> Function:
+def eager(function: Function) -> Function:
     """Keep a function out of compiled graphs: the bill is kept in Python."""
     kept: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return kept
 
 
-@_eager
+@eager
 def copy(x: Tensor, wire: Wire, axis: str) -> Tensor:
     """x as it is; its gradient is summed over the axis."""
     result: Tensor = _Copy.apply(x, wire, axis)  # type: ignore[no-untyped-call]
     return result
 
 
-@_eager
+@eager
 def sum_over(x: Tensor, wire: Wire, axis: str) -> Tensor:
     """The sum over the axis; its gradient goes to every rank."""
     result: Tensor = _Sum.apply(x, wire, axis)  # type: ignore[no-untyped-call]
     return result
 
 
-@_eager
+@eager
 def gather(x: Tensor, wire: Wire, axis: str, dim: int) -> Tensor:
     """The ranks' parts behind each other; every rank then computes something else, so gradients are summed."""
     result: Tensor = _Gather.apply(x, wire, axis, dim)  # type: ignore[no-untyped-call]
     return result
 
 
-@_eager
+@eager
 def scatter_sum(x: Tensor, wire: Wire, axis: str, dim: int) -> Tensor:
     """This rank's part of the sum over the axis."""
     result: Tensor = _ScatterSum.apply(x, wire, axis, dim)  # type: ignore[no-untyped-call]
     return result
 
 
-@_eager
+@eager
 def gather_alike(x: Tensor, wire: Wire, axis: str, dim: int) -> Tensor:
     """The ranks' parts behind each other; every rank then computes the same, so each keeps its own gradient."""
     result: Tensor = _GatherAlike.apply(x, wire, axis, dim)  # type: ignore[no-untyped-call]
     return result
 
 
-@_eager
+@eager
 def exchange(x: Tensor, sent: list[int], received: list[int], wire: Wire, axis: str) -> Tensor:
     """All-to-all of rows, in runs of `sent` by rank, for runs of `received`; gradients go back the same way."""
     result: Tensor = _Exchange.apply(x, sent, received, wire, axis)  # type: ignore[no-untyped-call]

@@ -36,6 +36,14 @@ VIEWS = {
 }
 """Neighbouring axes under one name."""
 Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble-v", "dualpipe-v"]
+Engine = Literal["all-gather", "ring", "tokenring", "ulysses"]
+Order = Literal["zigzag", "contiguous", "striped"]
+OF_AXIS = {
+    "tp": ("sequence_parallel",),
+    "cp": ("context", "order"),
+    "pp": ("schedule", "stages_per_rank", "split"),
+}
+"""Settings without effect where an axis has one rank."""
 V_SHAPED = ("zero-bubble-v", "dualpipe-v")
 """Schedules whose ranks hold two stages each, one on the way down and one on the way back up."""
 
@@ -67,6 +75,13 @@ class Layout(Arrangement):
     ranks that the other axes leave."""
     cp: PositiveInt = 1
     """Context parallel: ranks that hold other tokens of the same rows."""
+    context: Engine = "all-gather"
+    """How queries and keys of other ranks of cp meet. 'all-gather': every rank gathers all keys and values. 'ring':
+    keys and values go round. 'tokenring': queries go round and what they found comes straight back, less to send each
+    way with fewer query heads than twice the key/value heads. 'ulysses': every rank has all tokens of some heads."""
+    order: Order = "zigzag"
+    """Which tokens of a row a rank of cp holds. 'zigzag': an early and a late run, alike in work. 'contiguous': one
+    run; later ones see more. 'striped': every cp-th token."""
     tp: PositiveInt = 1
     """Tensor parallel: ranks that hold other heads, other FFN columns and other vocabulary of the same blocks."""
     ep: PositiveInt = 1
@@ -91,12 +106,12 @@ class Layout(Arrangement):
         yield from _parts(self, recipe)
 
     def _alone(self) -> Iterator[Problem]:
-        if self.sequence_parallel and self.tp == 1:
-            yield Problem(path="sequence_parallel", text="has no effect with tp = 1")
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for axis, names in OF_AXIS.items():
+            for name in names if self.size(axis) == 1 else ():
+                if getattr(self, name) != usual[name]:
+                    yield Problem(path=name, text=f"has no effect with {axis} = 1")
         if self.pp == 1:
-            for name, default in (("schedule", "1f1b"), ("stages_per_rank", None), ("split", None)):
-                if getattr(self, name) != default:
-                    yield Problem(path=name, text="has no effect with pp = 1")
             return
         held = self.stages_per_rank
         if self.schedule in V_SHAPED and held not in (None, 2):
@@ -117,6 +132,11 @@ class Layout(Arrangement):
     def stages(self) -> int:
         """Stages of the whole pipeline; 1 without one."""
         return self.pp * self.held if self.pp > 1 else 1
+
+    @property
+    def runs(self) -> int:
+        """By what a row's tokens are divisible, so that every rank of cp holds as many."""
+        return 2 * self.cp if self.cp > 1 and self.order == "zigzag" else self.cp
 
     @property
     def both_ends_on_one_rank(self) -> bool:
@@ -226,6 +246,11 @@ def _model(layout: Layout, recipe: Any) -> Iterator[Problem]:
     if groups % layout.tp:
         text = f"{layout.tp} does not divide the key/value heads of every block"
         yield Problem(path="tp", text=f"{text}. Legal: {_divisors(groups)}")
+    elif layout.context == "ulysses" and groups // layout.tp % layout.cp:
+        text = (
+            f"ulysses gives each of {layout.cp} ranks of cp some of the {groups // layout.tp} key/value heads of a rank"
+        )
+        yield Problem(path="context", text=f"{text}. Legal: cp = {_divisors(groups // layout.tp)}, or another context")
     yield from _experts(layout, max(block.experts or 0 for block in blocks))
     vocabulary = recipe.model.vocab_size
     if vocabulary is not None and vocabulary < layout.tp:
@@ -248,11 +273,12 @@ def _experts(layout: Layout, experts: int) -> Iterator[Problem]:
 def _batch(layout: Layout, recipe: Any) -> Iterator[Problem]:
     """Rows and tokens that cannot be divided."""
     length = recipe.data.sequence_length
-    if layout.cp > 1 and length % (2 * layout.cp):
-        text = f"each of {layout.cp} ranks holds two runs of a row's tokens, but sequence_length = {length}"
-        yield Problem(path="cp", text=f"{text}; take a multiple of {2 * layout.cp}, as {_up(length, 2 * layout.cp)}")
-    elif layout.sequence_parallel and length % (2 * layout.cp * layout.tp if layout.cp > 1 else layout.tp):
-        need = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    need = layout.tp * layout.runs
+    if length % layout.runs:
+        held = "two runs of a row's tokens" if layout.order == "zigzag" else "as many of a row's tokens"
+        text = f"each of {layout.cp} ranks holds {held}, but sequence_length = {length}"
+        yield Problem(path="cp", text=f"{text}; take a multiple of {layout.runs}, as {_up(length, layout.runs)}")
+    elif layout.sequence_parallel and length % need:
         text = f"sequence_length = {length} is not divisible by {need}; take {_up(length, need)}"
         yield Problem(path="sequence_parallel", text=text)
     if not layout.settled:

@@ -4,7 +4,7 @@ f = (n - 1) / n for n ranks on the axis; X: bytes of a micro-batch's hidden stat
 m micro-batches; P the bytes of this rank's parameters.
 
     tp     8 f X per block and micro-batch, of which half forward; 2 f X for the token table, 3 or 2 f X for the head
-    cp     2 f of the keys and values of whole rows, per block and micro-batch; ids of documents
+    cp     per block and micro-batch, what `of_context` says; ids of documents
     pp     X per micro-batch, boundary and direction, divided by tp with sequence_parallel
     fsdp   f P for each time that weights are gathered, f P for the gradients, once
     dp     2 f P / fsdp for the gradients, once
@@ -90,6 +90,36 @@ def _between_stages(config: Shape, layout: Layout, rank: int, work: Work, held: 
         for other in (stage - 1, stage + 1)
     )
     return float(boundaries * work.micro_batches * values * work.value_bytes) if layout.pp > 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """Bytes that a rank of cp sends per token of its own: to the next rank, and back to others."""
+
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+
+
+def of_context(layout: Layout, heads: int, groups: int, head_dim: int, *, value_bytes: int) -> Ways:
+    """What attention over cp sends, for n ranks with N query and G key/value heads of h values:
+
+        all-gather    forward, backward: 2 G h
+        ring          forward: 2 G h; backward: 2 G h, and 2 G h sums
+        tokenring     forward: N h, back N h and N sums; backward: 2 N h and 2 N sums, back N h
+        ulysses       forward, backward: (2 N h + 2 G h) / n
+
+    each n - 1 times. Sums are float32 at least. A collective has no way; it is counted as the first.
+    """
+    n, sums = layout.cp, max(4, value_bytes)
+    query, keys = heads * head_dim * value_bytes, 2 * groups * head_dim * value_bytes
+    once = {
+        "all-gather": ((keys, 0), (keys, 0)),
+        "ring": ((keys, 0), (keys + 2 * groups * head_dim * sums, 0)),
+        "tokenring": ((query, query + heads * sums), (2 * query + 2 * heads * sums, query)),
+        "ulysses": (((2 * query + keys) / n, 0), ((2 * query + keys) / n, 0)),
+    }
+    forward, backward = (((n - 1) * forth, (n - 1) * back) for forth, back in once[layout.context])
+    return Ways(forward=forward, backward=backward)
 
 
 class _Part:
@@ -181,15 +211,17 @@ class _Part:
         windows = len({size.window for size in self.sizes})
         per_micro = f * work.rows * work.sequence * 8.0 * windows  # documents' ids
         for block in self.blocks:
-            times = 3 if self._recomputed(block) else 2
-            per_micro += times * f * self._keys_and_values(self.sizes[block])
+            forward, backward = self._attention(self.sizes[block])
+            per_micro += forward * (2 if self._recomputed(block) else 1) + backward
             chosen = (self.sizes[block].experts or 0) * work.rows * 8  # counts of a row's tokens by expert
             per_micro += 2 * f * chosen * (2 if self._recomputed(block) else 1)
         return work.micro_batches * per_micro
 
-    def _keys_and_values(self, block: BlockSizes) -> float:
-        values = 2 * block.n_kv_heads // self.layout.tp * block.head_dim
-        return float(values * self.work.rows * self.work.sequence * self.work.value_bytes)
+    def _attention(self, block: BlockSizes) -> tuple[float, float]:
+        """Bytes of one block's attention forward and backward, both ways of the links."""
+        heads, groups = block.n_heads // self.layout.tp, block.n_kv_heads // self.layout.tp
+        found = of_context(self.layout, heads, groups, block.head_dim, value_bytes=self.work.value_bytes)
+        return self.tokens * sum(found.forward), self.tokens * sum(found.backward)
 
     def _data(self) -> dict[str, float]:
         n, copies, work = self.layout.size("fsdp"), self.layout.dp_replicate, self.work

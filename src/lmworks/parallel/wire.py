@@ -40,12 +40,35 @@ class Bill:
         return Bill(calls=self.calls + 1, bytes=self.bytes + size)
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A tensor on its way to the rank at a place of the axis."""
+
+    x: Tensor
+    to: int
+    operation: str = "send"
+    """Under which it is billed."""
+
+
 class Running(Protocol):
     """An exchange that goes on beside other work."""
 
     def wait(self) -> bool:
         """Return when it is done."""
         ...
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """Several sends and receipts; their tensors stay until all are done."""
+
+    parcels: list[Any]
+    works: list[Any]
+
+    def wait(self) -> bool:
+        for work in self.works:
+            work.wait()
+        return True
 
 
 class Wire:
@@ -156,6 +179,16 @@ class Wire:
         x = torch.empty(tuple(shape), dtype=dtype, device=device)
         dist.recv(x, group=self.group(axis), group_src=of)
         return x
+
+    def begin_swap(self, sent: Sequence[Sent], received: Sequence[tuple[Tensor, int]], axis: str) -> Running:
+        """Begin to send to some ranks of an axis and to receive from some, all at once; each of `received` is a
+        contiguous tensor to fill and the place that it comes from. Two ranks name what goes between them in one order.
+        """
+        parcels = [dist.P2POp(dist.isend, s.x.contiguous(), group=self.group(axis), group_peer=s.to) for s in sent]
+        parcels += [dist.P2POp(dist.irecv, x, group=self.group(axis), group_peer=of) for x, of in received]
+        for each in sent:
+            self.note(axis, each.operation, each.x.nbytes)
+        return _Swap(parcels, dist.batch_isend_irecv(parcels) if parcels else [])
 
     def wait(self) -> None:
         """Return when every rank has come here, however long that takes: one may be tokenising."""

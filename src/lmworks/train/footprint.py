@@ -27,6 +27,7 @@ from torch import Tensor
 from lmworks.core.errors import LmworksError
 from lmworks.data.tokenizer import Bytes
 from lmworks.model.head import chunk_rows
+from lmworks.model.sizes import BlockSizes
 from lmworks.model.tiles import MOST_KEYS, TILE, kept_scores
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.schedule import order
@@ -161,18 +162,14 @@ class _Work:
             ffn_size=math.ceil(whole.ffn_size / tp),
         )
         query = mine.n_heads * mine.head_dim
-        scores = 1.0 if self.plain else scores_of(self.sequence, mine.window, self.document) or 1.0
-        fused = scores == 1.0
-        values = self.shape.saved_values_per_token(mine) + mine.n_heads * scores
-        if fused and not self.plain:
-            values += query  # documents are attended one by one, and their results put behind each other
+        scores, copied, fused = self._attention(mine)
+        values = self.shape.saved_values_per_token(mine) + mine.n_heads * scores + copied
         norms = 1 if getattr(self.shape, "parallel_block", False) else 2
         rows, normed = norms, norms * width
         if getattr(self.shape, "qk_norm", False):
             rows, normed = rows + mine.n_heads + mine.n_kv_heads, normed + query + mine.n_kv_heads * mine.head_dim
         per_token = values * self.value + self._wider(rows, normed)
-        between = 2 * query + 2 * mine.n_kv_heads * mine.head_dim + mine.n_heads * scores
-        between += query if fused and not self.plain else 0
+        between = 2 * query + 2 * mine.n_kv_heads * mine.head_dim + mine.n_heads * scores + copied
         heads = 0.0
         if getattr(self.shape, "qk_norm", False):
             count, inside = mine.n_heads + mine.n_kv_heads, query + mine.n_kv_heads * mine.head_dim
@@ -190,6 +187,21 @@ class _Work:
             width=width,
             sizes=mine,
         )
+
+    def _attention(self, mine: BlockSizes) -> tuple[float, int, bool]:
+        """What attention saves per token: scores of a head, values beside q, k, v and the result; and whether the
+        result is a fused kernel's."""
+        engine = self.layout.context if self.layout.cp > 1 else "ulysses"
+        if engine in ("ring", "tokenring"):
+            return 1.0, 0, False
+        if engine == "all-gather":
+            # Keys and values of the other ranks, and torch's copy of the mask as numbers.
+            return 1.0, 2 * mine.n_kv_heads * mine.head_dim * (self.layout.cp - 1) + self.sequence, True
+        if self.plain:
+            return 1.0, 0, True
+        scores = scores_of(self.sequence, mine.window, self.document)
+        # Long documents are attended one by one, and their results put behind each other.
+        return (scores, 0, False) if scores else (1.0, mine.n_heads * mine.head_dim, True)
 
     def _products(self, number: int) -> int:
         """Values per token that a block's linear layers give."""

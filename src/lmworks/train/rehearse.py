@@ -334,10 +334,11 @@ def reduce_degrees(layout: Layout, most: int) -> tuple[Layout, list[str]]:
 
 
 def shrink(shape: Any, layout: Layout, *, length: int, sequence: int) -> Any:
-    """A model of the same structure with small widths: heads of 8 values, as many as tp and the groups ask for."""
+    """A model of the same structure with small widths: heads of 8 values, as many as the ranks and groups ask for."""
     blocks = shape.blocks()
     layers = min(shape.n_layers, max(2 * layout.stages, 4)) if layout.split is None else shape.n_layers
-    groups = layout.tp * (2 if blocks[0].n_kv_heads >= 2 * layout.tp else 1)
+    parts = layout.tp * (layout.cp if layout.context == "ulysses" else 1)
+    groups = parts * (2 if blocks[0].n_kv_heads >= 2 * parts else 1)
     heads = groups * min(blocks[0].n_heads // blocks[0].n_kv_heads, 4)
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -366,6 +367,8 @@ def described(layout: Layout) -> str:
     found = [f"{axis} {layout.size(axis)}" for axis in AXES if layout.size(axis) > 1]
     if layout.sequence_parallel:
         found.append("sequence parallel")
+    if layout.cp > 1:
+        found.append(f"{layout.context} over {layout.order} tokens")
     if layout.pp > 1:
         found.append(f"{layout.schedule}, {layout.held} stages a rank" if layout.held > 1 else layout.schedule)
     return ", ".join(found) or "one rank"
