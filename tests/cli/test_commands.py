@@ -58,7 +58,7 @@ def test_methods_lists_every_part(lmworks: Command) -> None:
     }
     only = json.loads(lmworks("methods", "--slot", "optimizer", "--json").out)
     assert {row["slot"] for row in only} == {"optimizer"}
-    assert {row["name"] for row in only if row["published"]} == {"sophia", "lamb"}
+    assert {row["name"] for row in only if row["published"]} == {"sophia", "lamb", "coat"}
 
 
 def test_methods_shows_a_page_with_settings_and_claims(lmworks: Command) -> None:
