@@ -21,15 +21,14 @@ from lmworks.core.run import RunFolder
 from tests.cli.conftest import Command
 from tests.train import toy
 
+PLANNED = next(name for name, method in METHODS.items() if method.planned)
+
 
 @pytest.mark.parametrize("verb", sorted(commands.VERBS))
 def test_every_verb_has_help_with_an_example(lmworks: Command, verb: str) -> None:
     answer = lmworks(verb, "--help")
     assert answer.code == 0
     assert re.search(r"Example: .*lmworks", answer.out)
-
-
-PLANNED = next(name for name, method in METHODS.items() if method.planned)
 
 
 def test_no_verb_shows_help_and_all_verbs(lmworks: Command) -> None:
