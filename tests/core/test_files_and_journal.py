@@ -116,3 +116,18 @@ def test_a_journal_that_finds_no_room_keeps_whole_lines_and_writes_the_rest_late
 )
 def test_a_failed_write_is_told_in_words(error: Exception, words: str) -> None:
     assert files.why_not_written(error) == words
+
+
+def test_a_folder_may_be_renamed_as_soon_as_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank renames a checkpoint's folder when it sees the last rank's list."""
+    plain = Path.replace
+
+    def seen_and_renamed(self: Path, target: Path) -> Path:
+        found = plain(self, target)
+        (tmp_path / "writing").rename(tmp_path / "final")
+        return found
+
+    (tmp_path / "writing").mkdir()
+    monkeypatch.setattr(Path, "replace", seen_and_renamed)
+    files.write_json(tmp_path / "writing" / "list.json", {"a": 1})
+    assert json.loads((tmp_path / "final" / "list.json").read_text()) == {"a": 1}

@@ -63,7 +63,8 @@ def test_a_model_that_does_not_fit_is_told_before_the_first_step(text: Path, cac
     done = limited(spec(text, cache, batch_size=4, model=wide), tmp_path / "run", 200 * MIB)
     assert done.returncode == 1, done.stderr
     assert "out of memory while the model was built" in done.stderr
-    assert "no single change frees as much" in done.stderr
+    told = ("no single change frees as much", "there was no memory left to work out which fits")  # as much as was left
+    assert any(words in done.stderr for words in told)
     assert "Traceback" not in done.stderr
 
 
