@@ -22,7 +22,7 @@ from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
 from lmworks.train.energy import Meter
-from lmworks.train.footprint import in_words, listed, measured
+from lmworks.train.footprint import Footprint, in_words, listed, measured
 from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train, may_differ
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
@@ -228,8 +228,7 @@ class Loop:
         result = self.built.step()
         seconds = time.perf_counter() - start
         self.events.write("step", start=begun, end=begun + seconds)
-        if books.on:
-            self._measure()
+        seen = self._measure() if books.on else None
         for note in result.notes:
             self.events.write("note", text=note)
             self.report.note(note)
@@ -249,7 +248,7 @@ class Loop:
             "tokens_per_second": rate,
             "mfu": rate * self.built.cost.train_flops_per_token / self.peak[0],
             "memory_bytes": memory_bytes(self.built.device),
-            **({"saved_bytes": books.peak, "state_bytes": self.built.step.update.held_bytes()} if books.on else {}),
+            **({"saved_bytes": books.peak, "state_bytes": seen.optimizer} if seen is not None else {}),
             **({"joules": joules} if (joules := self.meter.joules()) is not None else {}),
             **result.extra,
         }
@@ -267,7 +266,7 @@ class Loop:
             validation=found,
         )
 
-    def _measure(self) -> None:
+    def _measure(self) -> Footprint:
         """What each class of memory takes, while gradients are there; told once."""
         built, account, first = self.built, self.built.account, self.records.memory is None
         seen = measured(
@@ -281,6 +280,7 @@ class Loop:
         self.events.write("memory", predicted=account.predicted.by_class(), measured=seen.by_class())
         if first:
             self.report.note(f"memory: {in_words(seen.total)} beside the program: {listed(seen)}")
+        return seen
 
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"):

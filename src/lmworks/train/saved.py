@@ -145,7 +145,8 @@ def refused_around(policy: Saved) -> Iterator[Problem]:
     """A policy whose saved tensors leave memory already."""
     if policy.leaves():
         yield Problem(
-            path="around", text="sends saved tensors out itself. Legal: keep, recompute, coat, by-block of those"
+            path="around",
+            text="sends saved tensors out itself. Legal: one that leaves them in memory, as keep or recompute",
         )
 
 
