@@ -38,10 +38,13 @@ fewer key/value heads: twice as slow for 32 query heads on 8. Such models are re
 
 ## When to use it
 
-- Rows too long for one rank, on links that send both ways at once (NVLink, a switch), every query head with keys of
-  its own, and a step's sends longer than its products.
+- Rows too long for one rank, lines between all pairs of ranks that send both ways at once, every query head with keys
+  of its own, and a step's sends longer than its products.
+- Behind a switch the forward pass gains nothing: what goes forth and what goes back leave by the same port. Its
+  backward pass sends less in sum than ring attention's here, whose float32 gradients travel all the way round.
 - `heavier = true` where another reason stands above the bytes: keys and values that must not move.
 - Elsewhere `layout.context = "ring"`; or `"all-gather"`, the default, when the keys of a whole row fit into memory.
+- `python benchmarks/context_links.py` puts the rounds of all engines on a clock, for links of several kinds.
 - `lmworks rehearse RECIPE --ranks 4` holds the layout against one process, and its bytes against the table.
 
 ## Differences
@@ -60,7 +63,8 @@ fewer key/value heads: twice as slow for 32 query heads on 8. Such models are re
 - Where both directions share one budget (a PCIe switch, half-duplex links), nothing is gained.
 - Products of a step are plain PyTorch in float32, on GPUs as well, and write a score for every pair of one rank's
   queries and one rank's keys: exact, and slower than a fused kernel.
-- The last results go home when nothing is left to hide them.
+- The last results go home when nothing is left to hide them: with long rows, where products hide all else, that is
+  what remains, and the forward pass is a little slower than ring attention's.
 - With short windows most pairs of ranks do not see each other, and queries travel to them for nothing.
 """
 

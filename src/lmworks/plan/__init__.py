@@ -1,0 +1,1 @@
+"""What fits, how long it takes and what it costs, before anything runs."""
