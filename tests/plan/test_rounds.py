@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -97,30 +97,18 @@ def test_on_a_ring_of_lines_a_message_takes_every_line_on_its_way() -> None:
     assert run([two_hops], Links(line=10.0)).seconds == 1.0
 
 
-@given(
-    ranks=st.sampled_from([2, 4, 8]),
-    heads=st.sampled_from([4, 8, 16, 32]),
-    share=st.sampled_from([1, 2, 4, 8]),
-    kind=st.sampled_from(["forward", "backward"]),
-)
+@given(ranks=st.sampled_from([4, 8]), heads=st.sampled_from([4, 8, 16, 32]), share=st.sampled_from([1, 2, 4, 8]))
 def test_where_sends_dominate_queries_go_round_exactly_with_fewer_than_twice_the_heads_of_keys(
-    ranks: int, heads: int, share: int, kind: Literal["forward", "backward"]
+    ranks: int, heads: int, share: int
 ) -> None:
-    """Lines with wires of their own, both ways at once, and no latency: the fuller way decides each round."""
+    """Lines with wires of their own, both ways at once: the fuller way of a line decides each round.
+
+    With two ranks the one result goes home when nothing is left to send beside it.
+    """
     groups = max(1, heads // share)
-    slow = Links(line=1.0)
-    made = {
-        engine: calls(engine, ranks=ranks, sequence=16 * ranks, heads=heads, groups=groups, head_dim=128, rate=1e30)
-        for engine in ENGINES[1:3]
-    }
-    took = {engine: forward(each, slow).seconds for engine, each in made.items()}
-    if kind == "forward" and ranks > 2:
-        # sums travel as well: N of 4 bytes beside N h of 2
-        assert (took["tokenring"] < took["ring"]) == (heads < 2 * groups)
-    else:
-        took = {engine: backward(each, slow).seconds for engine, each in made.items()}
-        if heads == groups:
-            assert took["tokenring"] < took["ring"]
+    shape = {"ranks": ranks, "sequence": 16 * ranks, "heads": heads, "groups": groups, "head_dim": 128, "rate": 1e30}
+    took = {engine: forward(calls(engine, **shape), Links(line=1.0)).seconds for engine in ENGINES[1:3]}
+    assert (took["tokenring"] < took["ring"]) == (heads < 2 * groups)
 
 
 def test_behind_one_port_a_rank_sends_the_same_and_nothing_is_gained() -> None:

@@ -176,8 +176,8 @@ def _times(messages: Sequence[Message], links: Links) -> list[float]:
     for message, way in zip(messages, ways, strict=True):
         sent = out["send", message.source]
         received = out["receive" if links.both_ways else "send", message.target]
-        line = max(on_line[each] for each in way)
-        found.append(links.latency + max(line / links.line, max(sent, received) / links.port))
+        fullest = max(on_line[line] for line in way)
+        found.append(links.latency + max(fullest / links.line, max(sent, received) / links.port))
     return found
 
 
