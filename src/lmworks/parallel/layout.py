@@ -12,6 +12,8 @@ The number of ranks is the product of all axes but ep. Ranks count with tp faste
 ranks that speak most are neighbours. Three views join axes: batch = dp_replicate x dp_shard (who reads which rows),
 fsdp = dp_shard x cp (who shards weights), loss = batch x cp (over whom losses are summed). edp are the ranks of fsdp
 that hold the same experts.
+
+`state` says of the ranks of fsdp how many share each kind of state, and adds axes of its own (`state.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from typing import Any, Literal, final
 
 from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.core.recipe import PositiveInt
+from lmworks.parallel import state as states
+from lmworks.parallel.state import STATE_AXES, StatePlacement
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """From the slowest to the fastest in the order of ranks."""
@@ -97,6 +101,9 @@ class Layout(Arrangement):
     reshard: bool | None = None
     """Give a block's gathered weights back after its forward pass, and gather them again for the backward pass. Left
     out: true without a pipeline; false with one, where every micro-batch would gather anew."""
+    state: StatePlacement | None = None
+    """How many ranks of dp_shard x cp share weights, gradients and optimizer state. Left out: all share all three, and
+    gradients are summed once a step, with the last micro-batch."""
 
     def check(self, recipe: Any) -> Iterator[Problem]:
         """Settings without effect, and what the model, the batch and the other parts cannot do."""
@@ -111,6 +118,12 @@ class Layout(Arrangement):
             for name in names if self.size(axis) == 1 else ():
                 if getattr(self, name) != usual[name]:
                     yield Problem(path=name, text=f"has no effect with {axis} = 1")
+        if self.state is not None:
+            for problem in states.problems(self.state, self):
+                yield Problem(path=f"state.{problem.path}".rstrip("."), text=problem.text)
+        yield from self._pipelined()
+
+    def _pipelined(self) -> Iterator[Problem]:
         if self.pp == 1:
             return
         held = self.stages_per_rank
@@ -172,6 +185,9 @@ class Layout(Arrangement):
             return math.prod(self.size(part) for part in VIEWS[axis])
         if axis == "edp":
             return self.size("fsdp") // self.ep
+        if axis in STATE_AXES:
+            assert self.state is not None, "asked of a layout with a placement of states"
+            return self.state.size(axis, self.size("fsdp"))
         size = getattr(self, axis)
         assert isinstance(size, int), "the layout is settled"
         return size
@@ -181,6 +197,9 @@ class Layout(Arrangement):
         if axis in ("ep", "edp"):
             here = self.place(rank, "fsdp")
             return here % self.ep if axis == "ep" else here // self.ep
+        if axis in STATE_AXES:
+            assert self.state is not None, "asked of a layout with a placement of states"
+            return self.state.place(axis, self.size("fsdp"), self.place(rank, "fsdp"))
         if axis in VIEWS:
             place = 0
             for part in VIEWS[axis]:

@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from lmworks.core.errors import UsageError
 from lmworks.parallel.layout import AXES, Layout
+from lmworks.parallel.state import STATE_AXES
 from lmworks.parallel.wire import Group, Wire
 
 TIMEOUT = timedelta(minutes=10)
@@ -93,7 +94,8 @@ def wire(layout: Layout, place: Seat) -> Wire:
     """The groups of every axis and view that this rank is in. All ranks call it together."""
     groups: dict[str, Group] = {}
     if layout.ranks > 1:
-        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp"):
+        more = STATE_AXES if layout.state is not None else ()
+        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp", *more):
             if layout.size(name) > 1:
                 groups[name] = _group(layout, name)
         everyone = dist.group.WORLD
@@ -118,6 +120,8 @@ def _stride(layout: Layout, axis: str) -> int:
     """How far apart neighbours along an axis are."""
     if axis in ("ep", "edp"):
         return layout.tp * (layout.ep if axis == "edp" else 1)
+    if layout.state is not None and axis in STATE_AXES:
+        return layout.tp * layout.state.stride(axis, layout.size("fsdp"))
     names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp"}
     last = AXES.index(names.get(axis, axis))
     stride = 1

@@ -1,0 +1,174 @@
+"""How many ranks share each kind of state: one record whose points are ZeRO-1, 2 and 3, HSDP, MiCS, hpZ and the like.
+
+The N ranks of the view fsdp (dp_shard x cp) stand in rank order. A degree is a count of neighbours among them that
+share one copy of a state, each holding a part. Degrees nest, so that a finer part is always a slice of the coarser one:
+
+    weights | gradients | optimizer | N        each divides the next
+
+From them come five axes, along which ranks exchange that state:
+
+    weights     the neighbours that share weights: gathered in front of a block, gradients summed behind it
+    gradients   gradients / weights ranks with equal parts of the weights: gradients, with every micro-batch
+    optimizer   optimizer / gradients ranks with equal parts of the gradients: once a step, gradients and weights back
+    copies      N / optimizer ranks with equal parts of everything: gradients, once a step
+    secondary   the neighbours that share a second copy of the gathered weights, for the backward pass
+
+In a pipeline torch's schedules sum gradients once a step, with the last micro-batch, whatever the degree says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, final
+
+from lmworks.core.errors import Problem
+from lmworks.core.recipe import NonNegativeFloat, PositiveInt
+
+STATE_AXES = ("weights", "gradients", "optimizer", "copies", "secondary")
+"""Axes that a placement of states adds to those of a layout."""
+DEGREES = ("weights", "gradients", "optimizer")
+"""From the coarsest part to the finest."""
+BLOCK = 2048
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StatePlacement:
+    """How many neighbouring ranks of dp_shard x cp share each kind of state. Degrees that are left out: all of them."""
+
+    weights: PositiveInt | None = None
+    """Ranks that share the weights; divides `gradients`. 1: every rank holds all of them."""
+    gradients: PositiveInt | None = None
+    """Ranks that share the sums of gradients; divides `optimizer`. Sums are made over them with every micro-batch."""
+    optimizer: PositiveInt | None = None
+    """Ranks that share the optimizer's state, and the float32 weights that it steps; divides dp_shard x cp."""
+    secondary: PositiveInt | None = None
+    """Ranks that share a second copy of the weights, kept by the forward pass and read by the backward pass; more than
+    1, and a true divisor of `weights`. Left out: no copy; the backward pass reads the weights again."""
+    levels: tuple[PositiveInt, ...] = ()
+    """Ranks joined by faster links, from the fastest on, each a divisor of the next: [2, 8] for pairs in nodes of 8.
+    The network is above. Bytes are told by these levels."""
+    weights_as: Literal["plain", "int8"] = "plain"
+    """In what weights travel to a block. 'plain': the type that they are used in. 'int8': blocks with one scale."""
+    secondary_as: Literal["plain", "int8"] = "plain"
+    """In what the second copy is kept and travels."""
+    gradients_as: Literal["plain", "int4", "int8"] = "plain"
+    """In what gradients travel with every micro-batch. 'plain': float32."""
+    block: PositiveInt = BLOCK
+    """Values that share a scale, where something travels as int4 or int8."""
+    feedback: NonNegativeFloat = 0.0
+    """Share of what rounding took from a gradient that is added to the next one; 0 is off."""
+
+    def degree(self, name: str, ranks: int) -> int:
+        """Ranks that share a state, of `ranks` in the view fsdp."""
+        found: int | None = getattr(self, name)
+        return ranks if found is None else found
+
+    def size(self, axis: str, ranks: int) -> int:
+        """Ranks along one of the axes."""
+        if axis == "secondary":
+            return self.secondary or 1
+        below, above = self._ends(axis, ranks)
+        return above // below
+
+    def place(self, axis: str, ranks: int, here: int) -> int:
+        """Where a rank stands along an axis; `here`: its place in the view fsdp."""
+        return here // self.stride(axis, ranks) % self.size(axis, ranks)
+
+    def stride(self, axis: str, ranks: int) -> int:
+        """How far apart neighbours along an axis stand in the view fsdp."""
+        return 1 if axis == "secondary" else self._ends(axis, ranks)[0]
+
+    def _ends(self, axis: str, ranks: int) -> tuple[int, int]:
+        """The degrees below and above an axis."""
+        rungs = [1, *(self.degree(name, ranks) for name in DEGREES), ranks]
+        at = STATE_AXES.index(axis)
+        return rungs[at], rungs[at + 1]
+
+    def masters(self, ranks: int) -> bool:
+        """Whether the optimizer steps finer parts than those that blocks are given."""
+        return self.degree("weights", ranks) < self.degree("optimizer", ranks)
+
+    def level(self, one: int, other: int) -> int:
+        """The fastest level that joins two places of the view fsdp; len(levels): only the network does."""
+        joined = [one // size == other // size for size in self.levels]
+        return joined.index(True) if True in joined else len(self.levels)
+
+
+def problems(state: StatePlacement, layout: Any) -> Iterator[Problem]:
+    """What is wrong with a placement of states in its layout, with paths relative to the placement."""
+    ranks = layout.size("fsdp") if layout.settled else None
+    if ranks == 1:
+        yield Problem(path="", text="has no effect: dp_shard x cp = 1, and one rank shares nothing")
+        return
+    if layout.dp_replicate > 1:
+        text = f"has degrees for copies: not with dp_replicate = {layout.dp_replicate}"
+        yield Problem(
+            path="", text=f"{text}. Take dp_replicate = 1 and optimizer = dp_shard x cp / {layout.dp_replicate}"
+        )
+    if layout.ep > 1:
+        text = f"divides every parameter along the same ranks, and ep = {layout.ep} takes experts out. Take ep = 1"
+        yield Problem(path="", text=text)
+    nested = list(_nested(state, ranks))
+    yield from nested
+    yield from _levels(state, ranks)
+    if not nested:
+        yield from _secondary(state, layout, ranks)
+        yield from _travel(state, ranks)
+
+
+def _nested(state: StatePlacement, ranks: int | None) -> Iterator[Problem]:
+    """Degrees that do not divide one another."""
+    given = [(name, getattr(state, name)) for name in DEGREES if getattr(state, name) is not None]
+    if ranks is not None:
+        given = [(name, state.degree(name, ranks)) for name in DEGREES] + [("dp_shard x cp", ranks)]
+    for (fine, below), (coarse, above) in pairwise(given):
+        if above % below:
+            legal = ", ".join(str(d) for d in range(1, above + 1) if above % d == 0)
+            yield Problem(path=fine, text=f"{below} does not divide {coarse} = {above}. Legal: {legal}")
+
+
+def _levels(state: StatePlacement, ranks: int | None) -> Iterator[Problem]:
+    """Levels that do not rise, or do not divide one another or the ranks."""
+    above = () if ranks is None else (ranks,)
+    for fast, slow in pairwise((*state.levels, *above)):
+        if slow % fast or (fast == slow and slow != ranks):
+            text = f"{list(state.levels)}: {fast} does not divide {slow}" if slow % fast else f"{fast} stands twice"
+            of = f" and divide dp_shard x cp = {ranks}" if ranks is not None else ""
+            yield Problem(path="levels", text=f"{text}. Sizes rise, each a divisor of the next{of}")
+            return
+
+
+def _secondary(state: StatePlacement, layout: Any, ranks: int | None) -> Iterator[Problem]:
+    """A second copy that is none, or that nobody reads."""
+    copy, shared = state.secondary, state.weights if ranks is None else state.degree("weights", ranks)
+    if copy is None:
+        if state.secondary_as != "plain":
+            yield Problem(path="secondary_as", text="has no effect without secondary")
+        return
+    if shared is not None and (shared % copy or not 1 < copy < shared):
+        legal = ", ".join(str(d) for d in range(2, shared) if shared % d == 0) or "none; leave it out"
+        text = f"{copy} is no true divisor above 1 of weights = {shared}"
+        yield Problem(path="secondary", text=f"{text}. Legal: {legal}")
+    if layout.reshard is not None or layout.pp > 1:
+        text = "has no effect where gathered weights are kept for the backward pass"
+        why = "a pipeline keeps them" if layout.pp > 1 else f"reshard = {str(layout.reshard).lower()} says what is done"
+        yield Problem(path="secondary", text=f"{text}: {why}. Leave one of them out")
+
+
+def _travel(state: StatePlacement, ranks: int | None) -> Iterator[Problem]:
+    """Forms of what does not travel, and settings of forms that are not asked for."""
+    if state.weights_as != "plain" and state.weights == 1:
+        yield Problem(path="weights_as", text="has no effect: weights = 1, so they do not travel to a block")
+    if state.gradients_as != "plain" and (state.gradients or ranks) == 1:
+        yield Problem(path="gradients_as", text="has no effect: gradients = 1, so they are not summed over ranks so")
+    small = [name for name in ("weights_as", "secondary_as", "gradients_as") if getattr(state, name) != "plain"]
+    if not small and state.block != BLOCK:
+        yield Problem(path="block", text="has no effect: nothing travels as int4 or int8")
+    if state.gradients_as == "plain" and state.feedback:
+        yield Problem(path="feedback", text="has no effect with gradients_as = 'plain', which rounds nothing off")
+    for name in small:
+        text = f"{getattr(state, name)!r} is not offered by this version. Legal: plain"
+        yield Problem(path=name, text=text)
