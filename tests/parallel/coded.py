@@ -78,8 +78,7 @@ AXES = ("cp", "dp_shard", "dp_replicate")
 
 def wire_of(rank: int, sizes: tuple[int, ...]) -> tuple[Wire, tuple[str, ...]]:
     """A wire whose axes are hops of these sizes, and their names. All ranks call it together."""
-    layout = Layout(dp_shard=1) if len(sizes) == 1 else Layout()
-    layout = dataclasses.replace(layout, **dict(zip(AXES, sizes, strict=False)))
+    layout = dataclasses.replace(Layout(dp_shard=1), **dict(zip(AXES, sizes, strict=False)))
     return world.wire(layout, world.Seat(rank=rank, world=layout.ranks)), AXES[: len(sizes)]
 
 

@@ -13,6 +13,9 @@ From them come five axes, along which ranks exchange that state:
     copies      N / optimizer ranks with equal parts of everything: gradients, once a step
     secondary   the neighbours that share a second copy of the gathered weights, for the backward pass
 
+What travels as codes is summed in hops where an axis leaves the largest of `levels`: 'weights/inside' and
+'weights/across' are its ranks inside and across groups of that level, and so for gradients.
+
 In a pipeline torch's schedules sum gradients once a step, with the last micro-batch, whatever the degree says.
 """
 
@@ -82,10 +85,32 @@ class StatePlacement:
         return 1 if axis == "secondary" else self._ends(axis, ranks)[0]
 
     def _ends(self, axis: str, ranks: int) -> tuple[int, int]:
-        """The degrees below and above an axis."""
+        """The degrees below and above an axis, or a hop of it."""
+        whole, _, hop = axis.partition("/")
         rungs = [1, *(self.degree(name, ranks) for name in DEGREES), ranks]
-        at = STATE_AXES.index(axis)
-        return rungs[at], rungs[at + 1]
+        at = STATE_AXES.index(whole)
+        below, above = rungs[at], rungs[at + 1]
+        if not hop:
+            return below, above
+        middle = self._node(below, above)
+        assert middle is not None, "asked of an axis with hops"
+        return (below, middle) if hop == "inside" else (middle, above)
+
+    def hops(self, axis: str, ranks: int) -> tuple[str, ...]:
+        """The axes along which sums of an axis go one after the other: itself, or inside a level and then across."""
+        one = self._node(*self._ends(axis, ranks)) is None
+        return (axis,) if one else (f"{axis}/inside", f"{axis}/across")
+
+    def axes(self, ranks: int) -> tuple[str, ...]:
+        """All axes of this placement, hops of sums that travel as codes among them."""
+        coded = ("weights", "gradients") if self.gradients_as != "plain" else ()
+        more = tuple(hop for axis in coded for hop in self.hops(axis, ranks) if hop != axis)
+        return STATE_AXES + more
+
+    def _node(self, below: int, above: int) -> int | None:
+        """The largest level that an axis between two degrees leaves and fills whole."""
+        found = [size for size in self.levels if below < size < above and size % below == 0 and above % size == 0]
+        return found[-1] if found else None
 
     def masters(self, ranks: int) -> bool:
         """Whether the optimizer steps finer parts than those that blocks are given."""
