@@ -13,7 +13,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from lmworks.parallel.wire import Wire, gather_into, reduce_scatter_into
 
 
-class _Billed:
+class Billed:
     """Memory as torch allocates it, and the wire that keeps the bill."""
 
     def __init__(self, wire: Wire) -> None:
@@ -24,7 +24,7 @@ class _Billed:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class BilledAllGather(_Billed, AllGather):
+class BilledAllGather(Billed, AllGather):
     """Weights, gathered in front of a block."""
 
     def __call__(
@@ -37,7 +37,7 @@ class BilledAllGather(_Billed, AllGather):
         return work
 
 
-class BilledReduceScatter(_Billed, ReduceScatter):
+class BilledReduceScatter(Billed, ReduceScatter):
     """Gradients, summed behind a block."""
 
     def __call__(

@@ -38,11 +38,16 @@ def gather(out_N: Tensor, part_n: Tensor, axis: str, code: Code, runs: Runs, wir
 
     This rank's own part is told by its codes as well, so that all ranks hold the same values.
     """
-    sent_S = quantise(part_n[None], code, runs).packet(code)[0]
+    found_RS = gather_packets(quantise(part_n[None], code, runs).packet(code)[0], axis, code, wire)
+    out_N.view(len(found_RS), -1).copy_(unpacked(found_RS, code, runs).decode(out_N.dtype))
+
+
+def gather_packets(sent_S: Tensor, axis: str, code: Code, wire: Wire) -> Tensor:
+    """The ranks' packets, uint8 (R, S), all of one size."""
     found_RS = torch.empty(wire.size(axis), sent_S.numel(), dtype=torch.uint8, device=sent_S.device)
     wire.note(axis, f"all-gather {code.name}", (len(found_RS) - 1) * sent_S.nbytes)
     gather_into(found_RS.view(-1), sent_S, group=wire.group(axis))
-    out_N.view(len(found_RS), -1).copy_(unpacked(found_RS, code, runs).decode(out_N.dtype))
+    return found_RS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,233 @@
+"""ZeRO-topo and ZeRO++: what their layouts become, what is refused, what they cost, and runs of several ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmworks.core import recipe as recipes
+from lmworks.core.errors import RecipeError
+from lmworks.methods.frontier_zero import parameters
+from lmworks.methods.frontier_zero.cost import Cluster, break_even, memory, topo, zero_3, zero_plus_plus
+from lmworks.parallel.layout import Layout
+from lmworks.parallel.state import StatePlacement
+from lmworks.train.build import settle
+
+FRONTIER = Cluster(nodes=48)
+SLOW = Cluster(nodes=48, net=25.0)
+M = 40.0
+"""GB of 20 billion weights."""
+
+
+def recipe(*sets: str) -> Any:
+    return recipes.load("methods/frontier-zero", verb="train", sets=["batch_size=48", *sets])
+
+
+def plus(*sets: str) -> Any:
+    return recipe("layout={use='zero++'}", *sets)
+
+
+# --- what they become ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sets", "want"),
+    [
+        (4, [], {"weights": 2, "gradients": 4, "levels": (2,)}),
+        (8, ["layout.node=4"], {"weights": 2, "gradients": 4, "levels": (2, 4)}),
+        (16, ["layout.node=8"], {"weights": 2, "gradients": 8, "levels": (2, 8)}),
+        (2, [], {"weights": 2, "gradients": 2, "levels": ()}),
+        (8, ["layout.pair=4", "layout.node=4"], {"weights": 4, "gradients": 4, "levels": (4,)}),
+        (8, ["layout.pair=1", "layout.node=4"], {"weights": 1, "gradients": 4, "levels": (4,)}),
+        (
+            16,
+            ["layout.node=8", "layout.secondary=node", "layout.weights_as=int8", "layout.feedback=0.5"],
+            {
+                "weights": 2,
+                "gradients": 8,
+                "levels": (2, 8),
+                "secondary": 8,
+                "secondary_as": "int8",
+                "weights_as": "int8",
+                "feedback": 0.5,
+            },
+        ),
+    ],
+)
+def test_topo_becomes_a_plain_layout(ranks: int, sets: list[str], want: dict[str, Any]) -> None:
+    state = StatePlacement(**{"gradients_as": "int4", "block": 2048, **want})
+    assert settle(recipe(*sets), ranks).layout == Layout(dp_shard=ranks, state=state)
+
+
+@pytest.mark.parametrize("switches", list(itertools.product([True, False], repeat=3))[:-1])
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_zero_plus_plus_is_three_switches(ranks: int, switches: tuple[bool, bool, bool]) -> None:
+    qwz, hpz, qgz = switches
+    sets = [f"layout.{name}={str(on).lower()}" for name, on in zip(("qwz", "hpz", "qgz"), switches, strict=True)]
+    state = settle(plus(*sets), ranks).layout.state
+    assert state == StatePlacement(
+        levels=(8,) if ranks == 16 else (),
+        secondary=8 if hpz and ranks == 16 else None,
+        weights_as="int8" if qwz else "plain",
+        gradients_as="int4" if qgz else "plain",
+    )
+
+
+def test_alone_it_is_one_rank() -> None:
+    assert settle(recipe(), 1).layout == Layout(dp_shard=1)
+    assert settle(plus(), 1).layout == Layout(dp_shard=1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sets", "shared"),
+    [(12, ["layout.node=8"], 4), (3, [], 3), (6, ["layout.pair=4", "layout.node=8"], 6)],
+)
+def test_uneven_nodes_share_inside_of_them_and_say_so(ranks: int, sets: list[str], shared: int) -> None:
+    with pytest.warns(UserWarning, match=f"{ranks} ranks do not make pairs .* groups of {shared} share all states"):
+        found = settle(recipe(*sets), ranks).layout
+    assert found == Layout(dp_replicate=ranks // shared, dp_shard=shared)
+
+
+def test_zero_plus_plus_on_uneven_nodes_says_so_too() -> None:
+    with pytest.warns(UserWarning, match="12 ranks do not make nodes of 8: groups of 4"):
+        assert settle(plus(), 12).layout == Layout(dp_replicate=3, dp_shard=4)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["layout.pair=3"], r"layout\.pair: 3 does not divide node = 4\. Legal: 1, 2, 4"),
+        (["layout.pair=1", "layout.weights_as=int8"], "layout.weights_as: has no effect: with pair = 1"),
+        (["layout.pair=1", "layout.secondary=node"], "layout.secondary: has no effect: with pair = 1"),
+        (["layout.gradients_as=plain", "layout.feedback=0.5"], "layout.feedback: has no effect"),
+    ],
+)
+def test_what_has_no_effect_or_does_not_nest_is_refused(sets: list[str], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        settle(recipe(*sets), 4)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["layout.qwz=false", "layout.hpz=false", "layout.qgz=false"], "which is ZeRO-3. Turn one on"),
+        (["layout.qwz=false", "layout.qgz=false", "layout.block=64"], "layout.block: has no effect"),
+        (["layout.qgz=false", "layout.feedback=0.5"], "layout.feedback: has no effect without qgz"),
+    ],
+)
+def test_switches_that_are_off_leave_no_settings(sets: list[str], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        settle(plus(*sets), 16)
+
+
+def test_weights_that_a_pair_cannot_hold_are_refused_with_the_sum_and_a_wider_pair() -> None:
+    values = parameters(recipe())
+    total = 4 * values / 2 + 4 * values / 4 + 12 * values / 8
+    bound = f"layout.memory_gib={total / 2**30 * 0.999}"
+    with pytest.raises(RecipeError, match=r"would hold .* GiB \(weights / 2 .* gradients / 4 .*Take pair = 4"):
+        settle(recipe("layout.node=4", bound), 8)
+    settle(recipe("layout.node=4", f"layout.memory_gib={total / 2**30 * 1.001}"), 8)
+    with pytest.raises(RecipeError, match=r'Take layout\.use = "zero\+\+"'):
+        settle(recipe("layout.node=4", "layout.pair=4", "layout.memory_gib=1e-6"), 8)
+
+
+# --- what they cost --------------------------------------------------------------------------------------------------
+
+
+def test_twenty_billion_parameters_take_what_the_page_says() -> None:
+    gigabytes = {
+        "topo": memory(20, weights=2, gradients=8, optimizer=384, secondary=8),
+        "zero-3": memory(20, weights=384, gradients=384, optimizer=384),
+        "zero++": memory(20, weights=384, gradients=384, optimizer=384, secondary=8, copied=2),
+        "in a node": memory(20, weights=8, gradients=8, optimizer=8),
+    }
+    assert {name: round(size, 2) for name, size in gigabytes.items()} == {
+        "topo": 28.12,
+        "zero-3": 0.83,
+        "zero++": 5.83,
+        "in a node": 40.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("cluster", "accumulation", "want"),
+    [
+        (FRONTIER, 1, (2.4, 1.4, 1.7)),
+        (FRONTIER, 2, (4.8, 2.7, 2.3)),
+        (FRONTIER, 4, (9.6, 5.5, 3.6)),
+        (FRONTIER, 8, (19.2, 11.0, 6.1)),
+        (SLOW, 1, (4.7, 2.1, 4.1)),
+        (SLOW, 8, (37.6, 16.4, 8.4)),
+    ],
+)
+def test_seconds_are_those_of_the_page(
+    cluster: Cluster, accumulation: int, want: tuple[float, float, float]
+) -> None:
+    found = [scheme(cluster, M).of(accumulation) for scheme in (zero_3, zero_plus_plus, topo)]
+    assert [round(seconds, 1) for seconds in found] == list(want)
+
+
+@given(
+    st.builds(
+        Cluster,
+        nodes=st.integers(2, 64),
+        pair=st.floats(50, 400),
+        link=st.floats(10, 100),
+        net=st.floats(5, 200),
+    ),
+    st.floats(1, 100),
+)
+def test_topo_is_ahead_from_where_it_breaks_even(cluster: Cluster, gathered: float) -> None:
+    needed = break_even(cluster, gathered)
+    ours, theirs = topo(cluster, gathered), zero_plus_plus(cluster, gathered)
+    if math.isinf(needed):
+        assert ours.of(10**6) > theirs.of(10**6)
+    else:
+        assert ours.of(math.ceil(needed) + 1) < theirs.of(math.ceil(needed) + 1)
+        assert needed < 2 or ours.of(math.floor(needed) - 1) > theirs.of(math.floor(needed) - 1)
+
+
+def test_it_breaks_even_where_the_page_says() -> None:
+    assert 1 < break_even(FRONTIER, M) < 2
+    assert 2 < break_even(SLOW, M) < 3
+
+
+# Claims at full scale, modelled for 8 micro-batches a step, which is assumed. One factor is fitted: the seconds of a
+# micro-batch's computing that communication is not hidden behind.
+PUBLISHED = {"zero++ over zero-3": 1.405, "topo over zero++": 1.707, "topo over zero-3": 2.398}
+
+
+def modelled(bare: float) -> dict[str, float]:
+    three, plus_plus, ours = (8 * bare + scheme(FRONTIER, M).of(8) for scheme in (zero_3, zero_plus_plus, topo))
+    return dict(zip(PUBLISHED, (three / plus_plus, plus_plus / ours, three / ours), strict=True))
+
+
+def fitted() -> float:
+    def off(bare: float) -> float:
+        found = modelled(bare)
+        return sum(math.log(found[name] / PUBLISHED[name]) ** 2 for name in PUBLISHED)
+
+    return min((i / 1000 for i in range(4001)), key=off)
+
+
+def test_one_fitted_factor_gives_the_published_order_and_nearly_the_ratios() -> None:
+    assert fitted() == pytest.approx(0.385, abs=0.001)
+    found = modelled(fitted())
+    assert {name: round(ratio, 2) for name, ratio in found.items()} == {
+        "zero++ over zero-3": 1.58,
+        "topo over zero++": 1.53,
+        "topo over zero-3": 2.43,
+    }
+    for name, ratio in PUBLISHED.items():
+        assert found[name] == pytest.approx(ratio, rel=0.13)
+
+
+def test_loss_in_scaling_is_not_what_the_formulas_explain() -> None:
+    """0.94 was published up to 48 nodes. From 8 nodes on the formulas lose a hundredth: nothing in them waits."""
+    few, many = (8 * fitted() + topo(Cluster(nodes=nodes), M).of(8) for nodes in (8, 48))
+    assert few / many == pytest.approx(0.99, abs=0.005)
