@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from lmworks.parallel import gang
+from lmworks.parallel.state import StatePlacement
 from lmworks.parallel.traffic import traffic
 from lmworks.train.rehearse import UNPLANNED, Seen, perform
 from tests.parallel.table import LENGTH, MODELS, STEPS, Case, train_all
 
 pytestmark = pytest.mark.ranks
+
+
+def placed(weights: int | None = None, gradients: int | None = None, optimizer: int | None = None) -> StatePlacement:
+    return StatePlacement(weights=weights, gradients=gradients, optimizer=optimizer)
+
 
 CASES = [
     Case("accumulation", micro=3),
@@ -85,6 +91,27 @@ CASES = [
     Case("ep-2-of-fsdp-4", {"dp_shard": 4, "ep": 2}, model="experts"),
     Case("ep-2-hsdp", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}, model="experts"),
     Case("ep-2-pp-2", {"pp": 2, "dp_shard": 2, "ep": 2}, micro=2, model="experts"),
+    Case("zero-1", {"dp_shard": 2, "state": placed(1, 1)}, micro=1),
+    Case("zero-2", {"dp_shard": 2, "state": placed(1)}, micro=1, model="untied"),
+    Case("zero-2-of-4", {"dp_shard": 4, "state": placed(1)}, model="gpt2"),
+    Case("zero-3", {"dp_shard": 2, "state": placed()}, micro=1),
+    Case("one-copy-each", {"dp_shard": 2, "state": placed(1, 1, 1)}, micro=1),
+    Case("mics", {"dp_shard": 4, "state": placed(2, 2, 2)}, micro=1),
+    Case("second-copy", {"dp_shard": 4, "state": StatePlacement(secondary=2)}, micro=1),
+    Case("ladder-1-2-4", {"dp_shard": 4, "state": placed(1, 2)}, micro=1),
+    Case("ladder-2-2-4", {"dp_shard": 4, "state": placed(2, 2)}, micro=1),
+    Case("ladder-1-2-2-copies", {"dp_shard": 4, "state": placed(1, 2, 2)}, micro=1, model="experts"),
+    Case("ladder-of-cp-2", {"dp_shard": 2, "cp": 2, "state": placed(1, 2)}, micro=2),
+    Case("zero-2-tp-2", {"dp_shard": 2, "tp": 2, "state": placed(1)}, micro=2),
+    Case("zero-1-sp-2", {"dp_shard": 2, "tp": 2, "sequence_parallel": True, "state": placed(1, 1)}, micro=2),
+    Case("zero-2-pp-2", {"pp": 2, "dp_shard": 2, "state": placed(1)}, micro=1),
+    Case(
+        "zero-1-zero-bubble",
+        {"pp": 2, "schedule": "zero-bubble-v", "dp_shard": 2, "state": placed(1, 1)},
+        micro=2,
+        model="untied",
+    ),
+    Case("zero-2-recompute", {"dp_shard": 2, "state": placed(1)}, recompute=True),
     Case("cp-2-sp-2", {"cp": 2, "tp": 2, "sequence_parallel": True}, micro=4),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -6,7 +6,8 @@
     pipeline           the blocks of this rank's stages are kept
     tensor parallel    matrices become this rank's part
     saved, compile     what a block keeps, and its compiled form
-    FSDP               each block, then the rest, divided over dp_shard x cp (and repeated over dp_replicate)
+    FSDP               each block, then the rest, divided over dp_shard x cp (and repeated over dp_replicate), or
+                       over as many of them as a placement of states says; then masters, where they are finer
     allocate, fill     from first values by name, or a checkpoint: only this rank's boxes
 
 With one rank nothing is cut and nothing is sent; the code is the same.
@@ -21,8 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lmworks.data.load import Batch
@@ -31,8 +31,10 @@ from lmworks.model.backbone import Backbone
 from lmworks.model.head import accumulate_dtype
 from lmworks.model.pieces import Box, Pieces, whole_box
 from lmworks.parallel import experts, tensor
-from lmworks.parallel.billing import BilledAllGather, BilledReduceScatter, billed_all_reduce
 from lmworks.parallel.context import Context
+from lmworks.parallel.fsdp import shard
+from lmworks.parallel.ladder import Ladder, Masters
+from lmworks.parallel.layout import Layout
 from lmworks.parallel.pipeline import Pipeline, held_by, split
 from lmworks.parallel.replicas import Replicas
 from lmworks.parallel.shard import Cut, boxes, divide, local
@@ -43,23 +45,41 @@ LossOf = Callable[..., Tensor]
 
 
 class Placement:
-    """This rank's part of a model. `model` is what optimizers, watchers and probes are given."""
+    """This rank's part of a model. `model` is what optimizers, watchers and probes are given; `kind` the type of what
+    an optimizer steps."""
 
-    def __init__(self, chunks: Sequence[Backbone], cuts: Mapping[str, Cut], wire: Wire, device: torch.device) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Backbone],
+        cuts: Mapping[str, Cut],
+        wire: Wire,
+        device: torch.device,
+        kind: torch.dtype = torch.float32,
+    ) -> None:
         self.chunks = list(chunks)
         self.wire = wire
         self.layout = wire.layout
         self.device = device
         self.cuts = dict(cuts)
-        self.model: Backbone = chunks[0] if len(chunks) == 1 else _Chunks(chunks)  # type: ignore[assignment]  # asked for its parameters only
-        self.boxes: dict[str, Box] = {}
-        for chunk in self.chunks:
-            self.boxes |= boxes(chunk, self.cuts, wire)
+        self.weights: nn.Module = chunks[0] if len(chunks) == 1 else _Chunks(chunks)
+        """What blocks are given."""
+        self.ladder = Ladder(dict(self.weights.named_parameters()), wire, kind) if masters(wire.layout) else None
+        stepped = self.weights if self.ladder is None else Masters(self.weights, self.ladder.masters)
+        self.model: Backbone = stepped  # type: ignore[assignment]  # asked for its parameters only, where it is no Backbone
+        self._boxes = {name: box for chunk in self.chunks for name, box in boxes(chunk, self.cuts, wire).items()}
+        self.boxes = self._boxes if self.ladder is None else self.ladder.boxes(self._boxes)
         self.context = Context(wire) if wire.size("cp") > 1 else None
         self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
-        copies, divided = wire.size("dp_replicate"), wire.size("fsdp")
-        self.replicas = Replicas(self.model.parameters(), wire) if copies > 1 and divided == 1 else None
+        self.replicas = self._alike()
         self._holders = {p: math.prod(self.others_alike(name).values()) for name, p in self.model.named_parameters()}
+
+    def _alike(self) -> Replicas | None:
+        """The sum over ranks with the same weights, where neither FSDP nor the ladder makes it."""
+        axis = "dp_replicate" if self.layout.state is None else "copies"
+        summed = self.ladder is not None or (axis == "dp_replicate" and self.wire.size("fsdp") > 1)
+        if summed or self.wire.size(axis) == 1:
+            return None
+        return Replicas(self.model.parameters(), self.wire, axis)
 
     @property
     def share(self) -> tuple[int, int]:
@@ -74,8 +94,11 @@ class Placement:
     def fill(self, value: Callable[[str, Box], Tensor]) -> None:
         """Give every parameter of this rank its values: `value(name, box)` is that part of the whole tensor."""
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                local(parameter).copy_(value(name, self.boxes[name]))
+            for name, parameter in self.weights.named_parameters():
+                part = value(name, self._boxes[name])
+                local(parameter).copy_(part)
+                if self.ladder is not None and name in self.ladder.masters:
+                    self.ladder.masters[name].copy_(self.ladder.own(name, part))
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +114,11 @@ class Placement:
                 if self.replicas is not None and i == len(micros) - 1:
                     self.replicas.begin()
                 loss = loss_of(self.chunks[0], micro)
+                if self.ladder is not None:
+                    self.ladder.begin()
                 torch.autograd.backward(loss)
+                if self.ladder is not None:
+                    self.ladder.flush()
                 total = total + loss.detach()
         self._join_gradients()
         return total
@@ -141,6 +168,8 @@ class Placement:
         axes, cut = ["dp_replicate"], self.cuts.get(name)
         if cut is not None and cut.axis == "ep":
             axes.append("edp")
+        elif self.layout.state is not None and self.model.get_parameter(name).requires_grad:
+            axes.append("copies")
         elif not isinstance(self.model.get_parameter(name), DTensor):
             axes.append("fsdp")
         if cut is None:
@@ -157,10 +186,13 @@ class Placement:
 
     def balanced(self, rows: int) -> AbstractContextManager[None]:
         """Around the passes of a step over `rows` rows: experts' loads are counted and their aux loss enters."""
-        return moe.balanced(self.model, rows=rows)
+        return moe.balanced(self.weights, rows=rows)
 
     def after_update(self) -> dict[str, Tensor]:
-        """Move the experts' biases, and tell of the step: how even their load was, how long pipeline ranks waited."""
+        """Bring weights to their masters, move the experts' biases, and tell of the step: how even their load was, how
+        long pipeline ranks waited."""
+        if self.ladder is not None:
+            self.ladder.refresh()
         return self._waited() | self._loads()
 
     def _waited(self) -> dict[str, Tensor]:
@@ -173,7 +205,7 @@ class Placement:
     def _loads(self) -> dict[str, Tensor]:
         if getattr(self.chunks[0].config, "experts", None) is None:
             return {}
-        columns = moe.after_update(self.model, lambda x: self.wire.sum(x, "loss"))
+        columns = moe.after_update(self.weights, lambda x: self.wire.sum(x, "loss"))
         none = torch.zeros((), dtype=torch.float64, device=self.device)
         found = {name: columns.get(name, none).double() for name in ("experts/max_load", "experts/aux_loss")}
         same = self.layout.ranks // self.layout.pp  # ranks of one stage hold one figure
@@ -186,7 +218,8 @@ class Placement:
 
     def values(self) -> dict[str, Tensor]:
         """Everything that a checkpoint keeps of the model: parameters and persistent buffers of this rank by name."""
-        return {name: value for chunk in self.chunks for name, value in chunk.state_dict().items()}
+        own = {} if self.ladder is None else self.ladder.masters
+        return {name: own.get(name, value) for chunk in self.chunks for name, value in chunk.state_dict().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the whole model, and of this rank's buffers."""
@@ -236,9 +269,12 @@ class Placement:
     # --- gradients that FSDP does not know of -----------------------------------------------------------------------
 
     def _sync_at_the_end(self, last: bool) -> None:
-        """Gradients are exchanged once a step, with the last micro-batch; a pipeline's schedule does it by itself."""
+        """Gradients are exchanged once a step, with the last micro-batch; a pipeline's schedule does it by itself.
+
+        With a placement of states they are exchanged with every micro-batch.
+        """
         for chunk in self.chunks:
-            if isinstance(chunk, FSDPModule) and self.pipeline is None:
+            if isinstance(chunk, FSDPModule) and self.pipeline is None and self.layout.state is None:
                 chunk.set_requires_gradient_sync(last)
                 chunk.set_is_last_backward(last)
 
@@ -247,6 +283,9 @@ class Placement:
         a pipeline."""
         if self.replicas is not None:
             self.replicas.finish()
+        if self.ladder is not None:
+            self.ladder.flush()  # in a pipeline nothing was sent before
+            self.ladder.finish()
         named = dict(self.model.named_parameters())
         if self.wire.size("tp") > 1:
             divided = self.layout.sequence_parallel
@@ -325,7 +364,10 @@ def place(
     chunks: list[Backbone] = []
     cuts: dict[str, Cut] = {}
     for stage in held:
-        chunk = config.build(dtype=dtype, device="meta", param_dtype=param_dtype)
+        chunk = config.build(dtype=dtype, device="meta", param_dtype=travelling(layout, dtype, param_dtype))
+        for parameter in chunk.parameters():
+            if not parameter.requires_grad:  # such as experts' biases: nobody keeps a master of them
+                parameter.data = parameter.data.to(param_dtype)
         if layout.pp > 1:
             chunk.keep_stage(stages[stage], first=stage == 0, last=stage == layout.stages - 1)
         cuts |= (own := tensor.cuts_for(chunk, wire) | experts.cuts_for(chunk, wire))
@@ -338,42 +380,28 @@ def place(
         chunks.append(chunk)
     if len(chunks) > 1 and config.tied and held[0] == 0 and held[-1] == layout.stages - 1:
         chunks[-1].embed = chunks[0].embed  # both ends of a V: one table, one gradient
-    if layout.size("fsdp") > 1:
+    if layout.size("fsdp" if layout.state is None else "weights") > 1:
         for chunk in chunks:
-            _shard(chunk, wire, device, dtype, {name for name, cut in cuts.items() if cut.axis == "ep"})
+            shard(chunk, wire, device, dtype, {name for name, cut in cuts.items() if cut.axis == "ep"})
     for chunk in chunks:
         chunk.to_empty(device=device)
-    return Placement(chunks, cuts, wire, device)
+    return Placement(chunks, cuts, wire, device, param_dtype)
+
+
+def masters(layout: Layout) -> bool:
+    """Whether an optimizer steps finer parts than those that blocks are given."""
+    return layout.state is not None and layout.state.masters(layout.size("fsdp"))
+
+
+def travelling(layout: Layout, dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
+    """The type of a rank's weights: that in which they are used, where there are masters of another.
+
+    Not on the ranks of a pipeline that hold weights whole: there autograd sums micro-batches in the type of a weight.
+    """
+    summed_so = layout.pp > 1 and masters(layout) and layout.size("weights") == 1
+    return dtype if masters(layout) and not summed_so else param_dtype
 
 
 def whole(model: Backbone) -> Placement:
     """A model that one rank holds as it is."""
     return Placement([model], {}, alone(), next(model.parameters()).device)
-
-
-def _shard(chunk: Backbone, wire: Wire, device: torch.device, dtype: torch.dtype, apart: Collection[str]) -> None:
-    """FSDP2 over each block and over the rest, all but the parameters `apart` and those that are not trained.
-
-    Losses are sums of shares, so gradients are summed, not averaged.
-    """
-    layout = wire.layout
-    sizes = (layout.pp, layout.dp_replicate, layout.size("fsdp"), layout.tp)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
-    over = mesh["dp_replicate", "fsdp"] if layout.dp_replicate > 1 else mesh["fsdp"]
-    alone = {p for name, p in chunk.named_parameters() if name in apart or not p.requires_grad}
-    reshard = layout.reshard if layout.reshard is not None else layout.pp == 1
-    gathered = dtype if dtype.itemsize < 4 else None  # weights travel in the precision they are used in
-    precision = MixedPrecisionPolicy(
-        param_dtype=gathered, reduce_dtype=torch.float32 if gathered is not None else None, cast_forward_inputs=False
-    )
-    for block in chunk.blocks.values():
-        fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=reshard, ignored_params=alone)
-    fully_shard(chunk, mesh=over, mp_policy=precision, reshard_after_forward=False, ignored_params=alone)
-    for module in chunk.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_all_gather(BilledAllGather(wire))
-            module.set_custom_reduce_scatter(BilledReduceScatter(wire))
-            if layout.dp_replicate > 1:
-                module.set_all_reduce_hook(billed_all_reduce(wire))

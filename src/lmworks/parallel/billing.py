@@ -16,8 +16,9 @@ from lmworks.parallel.wire import Wire, gather_into, reduce_scatter_into
 class Billed:
     """Memory as torch allocates it, and the wire that keeps the bill."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, axis: str) -> None:
         self.wire = wire
+        self.axis = axis
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new tensor for a collective's result."""
@@ -25,14 +26,15 @@ class Billed:
 
 
 class BilledAllGather(Billed, AllGather):
-    """Weights, gathered in front of a block."""
+    """Weights, gathered in front of a block: from the ranks of the axis, or from fewer that share a second copy."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> dist.Work | None:
         """As torch.distributed.all_gather_into_tensor."""
         n = group.size()
-        self.wire.note("fsdp", "all-gather", (n - 1) / n * output_tensor.nbytes)
+        axis = self.axis if n == self.wire.size(self.axis) else "secondary"
+        self.wire.note(axis, "all-gather", (n - 1) / n * output_tensor.nbytes)
         work: dist.Work | None = gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
@@ -45,7 +47,7 @@ class BilledReduceScatter(Billed, ReduceScatter):
     ) -> dist.Work | None:
         """As torch.distributed.reduce_scatter_tensor."""
         n = group.size()
-        self.wire.note("fsdp", "reduce-scatter", (n - 1) / n * input_tensor.nbytes)
+        self.wire.note(self.axis, "reduce-scatter", (n - 1) / n * input_tensor.nbytes)
         work: dist.Work | None = reduce_scatter_into(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         return work
 

@@ -33,7 +33,7 @@ def gather(placement: Placement) -> Backbone | None:
             wire.send(local(mine[name]).detach().to(cpu), 0, "patient")
         return None
     shape: Any = chunk.config
-    whole: Backbone = shape.build(dtype=chunk.dtype, device=cpu, param_dtype=next(chunk.parameters()).dtype)
+    whole: Backbone = shape.build(dtype=chunk.dtype, device=cpu, param_dtype=next(placement.model.parameters()).dtype)
     values = whole.state_dict()
     with torch.no_grad():
         for rank, pieces in enumerate(lists):

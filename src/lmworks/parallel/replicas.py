@@ -1,8 +1,9 @@
-"""Gradients of weights that every rank of dp_replicate holds whole, summed while the backward pass goes on.
+"""Gradients of weights that every rank of an axis holds alike, summed while the backward pass goes on.
 
 Gradients come in about the reverse order of the parameters. They are put together in buckets, as DDP does it, so that
 few exchanges are made, and the first of them run beside the rest of the backward pass. Where FSDP divides weights it
-sums over dp_replicate by itself, and this is not used.
+sums over dp_replicate by itself, and this is not used; over the copies of a placement of states it is, and the
+gradients are then those of FSDP's parts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lmworks.parallel.shard import local
 from lmworks.parallel.wire import Running, Wire
 
 BUCKET_BYTES = 25 << 20
@@ -21,8 +23,9 @@ BUCKET_BYTES = 25 << 20
 class Replicas:
     """The gradients of one rank's model."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], wire: Wire) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], wire: Wire, axis: str = "dp_replicate") -> None:
         self._wire = wire
+        self._axis = axis
         self._buckets: list[list[nn.Parameter]] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
         size = BUCKET_BYTES
@@ -32,7 +35,7 @@ class Replicas:
                 size = 0
             self._buckets[-1].append(parameter)
             self._bucket_of[parameter] = len(self._buckets) - 1
-            size += parameter.nbytes
+            size += local(parameter).nbytes
             parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
         self._left: list[int] | None = None
         self._running: list[tuple[list[Tensor], Tensor, Running]] = []
@@ -62,6 +65,6 @@ class Replicas:
 
     def _send(self) -> None:
         """Begin the sum of the next bucket."""
-        gradients = [p.grad for p in self._buckets[len(self._running)] if p.grad is not None]
+        gradients = [local(p.grad) for p in self._buckets[len(self._running)] if p.grad is not None]
         flat = torch.cat([x.flatten() for x in gradients]) if gradients else torch.zeros(0)
-        self._running.append((gradients, flat, self._wire.begin_sum(flat, "dp_replicate")))
+        self._running.append((gradients, flat, self._wire.begin_sum(flat, self._axis)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lmworks.model.pieces import Box, whole_box
+from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 
 
@@ -32,6 +33,46 @@ def shares(size: int, ranks: int) -> list[tuple[int, int]]:
     """(offset, length) of each rank's share of `size` entries: the first ones are longer by one where it is uneven."""
     lengths = [size // ranks + (rank < size % ranks) for rank in range(ranks)]
     return [(sum(lengths[:rank]), length) for rank, length in enumerate(lengths)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One rank's rows of several: `length` from `start` on. Every rank has room for `chunk` of them."""
+
+    start: int
+    length: int
+    chunk: int
+
+
+def part_of(rows: int, ranks: int, place: int) -> Part:
+    """As FSDP cuts along dim 0: equal chunks, rounded up; the last ranks have fewer, or none."""
+    chunk = -(-rows // ranks)
+    start = min(place * chunk, rows)
+    return Part(start=start, length=min(chunk, rows - start), chunk=chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Where a rank's finer parts lie in its rows of a weight that a placement of states divides."""
+
+    rows: int
+    """Of the weight, on this rank."""
+    gradients: Part
+    """Of those rows: its sums of gradients."""
+    optimizer: Part
+    """Of the rows of those sums: what its optimizer steps."""
+
+    @property
+    def start(self) -> int:
+        """The first row that its optimizer steps, among the rows of the weight."""
+        return self.gradients.start + self.optimizer.start
+
+
+def slice_of(rows: int, layout: Layout, rank: int) -> Slice:
+    """The finer parts of so many rows, which this rank holds of some weight."""
+    gradients = part_of(rows, layout.size("gradients"), layout.place(rank, "gradients"))
+    optimizer = part_of(gradients.length, layout.size("optimizer"), layout.place(rank, "optimizer"))
+    return Slice(rows=rows, gradients=gradients, optimizer=optimizer)
 
 
 def is_divided(x: Tensor) -> bool:
@@ -68,6 +109,7 @@ def like(parameter: Tensor, x: Tensor) -> Tensor:
 def boxes(model: nn.Module, cuts: Mapping[str, Cut], wire: Wire) -> dict[str, Box]:
     """The box of every parameter of this rank, by name."""
     found = {}
+    axis = "fsdp" if wire.layout.state is None else "weights"
     for name, parameter in model.named_parameters():
         shape = list(parameter.shape)  # of a tensor that FSDP divides: as it was before
         cut = cuts.get(name)
@@ -77,8 +119,7 @@ def boxes(model: nn.Module, cuts: Mapping[str, Cut], wire: Wire) -> dict[str, Bo
         if cut is not None:
             box = box.narrowed(cut.dim, cut.offset, cut.length)
         if isinstance(parameter, DTensor):
-            rows = -(-parameter.shape[0] // wire.size("fsdp"))
-            start = min(wire.place("fsdp") * rows, parameter.shape[0])
-            box = box.narrowed(0, start, min(rows, parameter.shape[0] - start))
+            part = part_of(parameter.shape[0], wire.size(axis), wire.place(axis))
+            box = box.narrowed(0, part.start, part.length)
         found[name] = box
     return found

@@ -158,6 +158,13 @@ class Wire:
         reduce_scatter_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
         return part if straight else part.copy_(target.movedim(0, dim))
 
+    def begin_scatter_sum(self, out_W: Tensor, x_NW: Tensor, axis: str) -> Running:
+        """Begin the sum over an axis of N > 1 ranks, this rank's row of it into `out`; x stays until `wait()`."""
+        n = self.size(axis)
+        self.note(axis, "reduce-scatter", (n - 1) / n * x_NW.nbytes)
+        running: Running = reduce_scatter_into(out_W, x_NW.view(-1), group=self.group(axis), async_op=True)
+        return running
+
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int], axis: str) -> Tensor:
         """All-to-all: rows of x in runs of `sent`, one run per rank, for the runs of `received` rows from each."""
         if self.size(axis) == 1:
