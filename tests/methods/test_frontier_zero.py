@@ -126,12 +126,12 @@ def test_switches_that_are_off_leave_no_settings(sets: list[str], told: str) -> 
 
 
 def test_weights_that_a_pair_cannot_hold_are_refused_with_the_sum_and_a_wider_pair() -> None:
-    values = parameters(recipe())
+    values = parameters(recipe())  # weights are used in four bytes with fp32, which the recipe leaves to the machine
     total = 4 * values / 2 + 4 * values / 4 + 12 * values / 8
     bound = f"layout.memory_gib={total / 2**30 * 0.999}"
     with pytest.raises(RecipeError, match=r"would hold .* GiB \(weights / 2 .* gradients / 4 .*Take pair = 4"):
-        settle(recipe("layout.node=4", bound), 8)
-    settle(recipe("layout.node=4", f"layout.memory_gib={total / 2**30 * 1.001}"), 8)
+        settle(recipe("layout.node=4", "precision=fp32", bound), 8)
+    settle(recipe("layout.node=4", "precision=fp32", f"layout.memory_gib={total / 2**30 * 1.001}"), 8)
     with pytest.raises(RecipeError, match=r'Take layout\.use = "zero\+\+"'):
         settle(recipe("layout.node=4", "layout.pair=4", "layout.memory_gib=1e-6"), 8)
 

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from lmworks.maths.blockwise import Blocks, Code, Runs, quantise, unpacked
-from lmworks.parallel.billing import Billed
-from lmworks.parallel.quantised import Missed, Route, gather, gather_packets
+from lmworks.parallel.billing import Billed, BilledAllGather
+from lmworks.parallel.quantised import Route, gather, gather_packets
 from lmworks.parallel.wire import Wire
 
 
@@ -30,15 +30,22 @@ def runs_of(module: FSDPModule, block: int) -> Runs:
 
 
 class CodedAllGather(Billed, AllGather):
-    """Weights, gathered in front of a block. The part that a rank steps stays as it is, so no error adds up."""
+    """Weights, gathered in front of a block. The part that a rank steps stays as it is, so no error adds up.
+
+    From fewer ranks, which share a plain second copy of what the codes told, they are gathered as they are.
+    """
 
     def __init__(self, wire: Wire, axis: str, code: Code, runs: Runs) -> None:
         super().__init__(wire, axis)
         self.code, self.runs = code, runs
+        self.second = BilledAllGather(wire, axis)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         """As torch.distributed.all_gather_into_tensor, of what the codes tell."""
-        gather(output_tensor, input_tensor, self.axis, self.code, self.runs, self.wire)
+        if group.size() < self.wire.size(self.axis):
+            self.second(output_tensor, input_tensor, group)
+        else:
+            gather(output_tensor, input_tensor, self.axis, self.code, self.runs, self.wire)
 
 
 class SecondCopy(Billed, AllGather):

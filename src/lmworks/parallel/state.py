@@ -49,7 +49,8 @@ class StatePlacement:
     """Ranks that share the optimizer's state, and the float32 weights that it steps; divides dp_shard x cp."""
     secondary: PositiveInt | None = None
     """Ranks that share a second copy of the weights, kept by the forward pass and read by the backward pass; more than
-    1, and a true divisor of `weights`. Left out: no copy; the backward pass reads the weights again."""
+    1, and a true divisor of `weights`; as int8, a divisor of dp_shard x cp. Left out: no copy; the backward pass reads
+    the weights again."""
     levels: tuple[PositiveInt, ...] = ()
     """Ranks joined by faster links, from the fastest on, each a divisor of the next: [2, 8] for pairs in nodes of 8.
     The network is above. Bytes are told by these levels."""
@@ -173,10 +174,15 @@ def _secondary(state: StatePlacement, layout: Any, ranks: int | None) -> Iterato
         if state.secondary_as != "plain":
             yield Problem(path="secondary_as", text="has no effect without secondary")
         return
-    if shared is not None and (shared % copy or not 1 < copy < shared):
+    if state.secondary_as == "plain" and shared is not None and (shared % copy or not 1 < copy < shared):
         legal = ", ".join(str(d) for d in range(2, shared) if shared % d == 0) or "none; leave it out"
         text = f"{copy} is no true divisor above 1 of weights = {shared}"
         yield Problem(path="secondary", text=f"{text}. Legal: {legal}")
+    elif state.secondary_as != "plain" and ranks is not None and (ranks % copy or copy == 1):
+        legal = ", ".join(str(d) for d in range(2, ranks + 1) if ranks % d == 0)
+        yield Problem(path="secondary", text=f"{copy} is no divisor above 1 of dp_shard x cp = {ranks}. Legal: {legal}")
+    if shared == 1:
+        yield Problem(path="secondary", text="has no effect: weights = 1, so nothing is gathered to copy")
     if layout.reshard is not None or layout.pp > 1:
         text = "has no effect where gathered weights are kept for the backward pass"
         why = "a pipeline keeps them" if layout.pp > 1 else f"reshard = {str(layout.reshard).lower()} says what is done"
@@ -194,6 +200,3 @@ def _travel(state: StatePlacement, ranks: int | None) -> Iterator[Problem]:
         yield Problem(path="block", text="has no effect: nothing travels as int4 or int8")
     if state.gradients_as == "plain" and state.feedback:
         yield Problem(path="feedback", text="has no effect with gradients_as = 'plain', which rounds nothing off")
-    for name in small:
-        text = f"{getattr(state, name)!r} is not offered by this version. Legal: plain"
-        yield Problem(path=name, text=text)
