@@ -9,6 +9,17 @@ m micro-batches; P the bytes of this rank's parameters.
     fsdp   f P for each time that weights are gathered, f P for the gradients, once
     dp     2 f P / fsdp for the gradients, once
     edp    2 f of the experts' gradients, once; what ep sends hangs on what tokens choose, and has no formula
+
+With a placement of states these take the place of fsdp and dp; s is the bytes of sums, w those of weights as they are
+used, both of this rank's part of the coarser state:
+
+    weights     f w for each time that they are gathered, f s with every micro-batch
+    secondary   f w with every micro-batch, in place of the second gather over weights
+    gradients   f s with every micro-batch, f w once
+    optimizer   f s and f w, once
+    copies      2 f s, once
+
+In a pipeline every micro-batch's sums are made once, with the last one.
 """
 
 from __future__ import annotations
@@ -16,17 +27,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lmworks.model.sizes import BlockSizes, Shape
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.pipeline import held_by, holder, split
-from lmworks.parallel.shard import shares
+from lmworks.parallel.shard import Slice, part_of, shares, slice_of
+from lmworks.parallel.state import STATE_AXES, StatePlacement
 
 COLUMNS = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
 """Matrices whose rows tp divides."""
 ROWS = ("o_proj", "down_proj")
 """Matrices whose columns tp divides."""
+
+
+Degree = Literal["weights", "gradients", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +76,17 @@ def traffic(config: Shape, layout: Layout, rank: int, work: Work) -> dict[str, f
     return {axis: size for axis, size in found.items() if size}
 
 
-def portions(config: Shape, layout: Layout, rank: int, *, sequence: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter's part on a rank, by name, from settings alone; experts' biases among them."""
+def portions(
+    config: Shape, layout: Layout, rank: int, *, sequence: int, degree: Degree = "weights"
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter's part on a rank, by name, from settings alone; experts' biases among them.
+
+    `degree`: of which state, where a placement of states divides them otherwise.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for first, last, blocks in held_stages(config, layout, rank, sequence=sequence):
         part = _Part(config, layout, rank, Work(rows=1, micro_batches=1, sequence=sequence), blocks, first, last)
-        found |= {name: part.portion(name) for name in part.names()}
+        found |= {name: part.portion(name, degree) for name in part.names()}
     return found
 
 
@@ -130,7 +150,7 @@ class _Part:
     ) -> None:
         self.config, self.layout, self.work = config, layout, work
         self.blocks, self.first, self.last = blocks, first, last
-        self.place, self.shard = layout.place(rank, "tp"), layout.place(rank, "fsdp")
+        self.rank, self.place = rank, layout.place(rank, "tp")
         self.sizes = config.blocks()
         self.shapes = dict(config.shapes())
         self.tokens = work.rows * work.sequence // layout.cp
@@ -150,19 +170,28 @@ class _Part:
         return tuple(shape)
 
     def values(self, name: str) -> int:
-        """Values of a parameter on this rank."""
-        return math.prod(self.portion(name))
+        """Values of a parameter's gradient on this rank, as its optimizer gets it."""
+        return math.prod(self.portion(name, "optimizer"))
 
-    def portion(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter on this rank, which FSDP divides by rows; experts of ep and what is not trained it
-        leaves alone."""
+    def portion(self, name: str, degree: Degree = "weights") -> tuple[int, ...]:
+        """The shape of a parameter on this rank, which is divided by rows; experts of ep and what is not trained are
+        left alone."""
         first, *rest = self.local(name)
         if name.endswith("expert_bias"):
             return first, *rest
         if ".ffn.experts." in name and self.layout.ep > 1:
             return first // self.layout.ep, *rest
-        rows = -(-first // self.layout.size("fsdp"))
-        return max(0, min(rows, first - self.shard * rows)), *rest
+        if self.layout.state is None:
+            return part_of(first, self.layout.size("fsdp"), self.layout.place(self.rank, "fsdp")).length, *rest
+        lies = self._slice(name)
+        parts = {"weights": lies.rows, "gradients": lies.gradients.length, "optimizer": lies.optimizer.length}
+        return parts[degree], *rest
+
+    def _slice(self, name: str) -> Slice:
+        """Where this rank's finer parts of a parameter lie."""
+        first = self.local(name)[0]
+        rows = part_of(first, self.layout.size("weights"), self.layout.place(self.rank, "weights")).length
+        return slice_of(rows, self.layout, self.rank)
 
     def names(self) -> list[str]:
         """The parameters of this stage."""
@@ -227,6 +256,8 @@ class _Part:
         n, copies, work = self.layout.size("fsdp"), self.layout.dp_replicate, self.work
         if n * copies == 1:
             return {}
+        if self.layout.state is not None:
+            return self._states(self.layout.state)
         f, edp = (n - 1) / n, self.layout.size("edp")
         blocks = rest = experts = 0
         for name in self.names():
@@ -251,6 +282,44 @@ class _Part:
             "dp_replicate": 2 * (copies - 1) / copies * work.weight_bytes * ((blocks + rest) / n + experts),
             "edp": 2 * (edp - 1) / edp * work.weight_bytes * experts,
         }
+
+    def _states(self, state: StatePlacement) -> dict[str, float]:
+        """What a placement of states sends."""
+        layout, work = self.layout, self.work
+        f = {axis: (layout.size(axis) - 1) / layout.size(axis) for axis in STATE_AXES}
+        used = min(work.value_bytes, work.weight_bytes)
+        times = work.micro_batches if layout.pp == 1 else 1
+        blocks, whole, sums, fine = self._divided()
+        reshard = layout.reshard if layout.reshard is not None else layout.pp == 1
+        again = reshard and state.secondary is None
+        kept = state.masters(layout.size("fsdp"))
+        up = work.weight_bytes if layout.pp > 1 and layout.size("weights") == 1 else used
+        sent = {
+            "weights": f["weights"] * times * (used * (whole + again * blocks) + work.weight_bytes * whole),
+            "secondary": f["secondary"] * times * used * blocks if state.secondary is not None else 0.0,
+            "copies": 2 * f["copies"] * work.weight_bytes * (fine / layout.size("optimizer")),
+        }
+        if kept:
+            sent["gradients"] = f["gradients"] * sums * (times * work.weight_bytes + up)
+            sent["optimizer"] = f["optimizer"] * fine * (work.weight_bytes + up)
+        return sent
+
+    def _divided(self) -> tuple[int, int, int, int]:
+        """Values, with the rows that fill chunks up, of the blocks' weights; of all weights; of this rank's part of
+        them, as the ranks of gradients share it; and of its part of those, as the ranks of optimizer do."""
+        weights, gradients, optimizer = (self.layout.size(axis) for axis in ("weights", "gradients", "optimizer"))
+        blocks = whole = sums = fine = 0
+        for name in self.names():
+            if name.endswith("expert_bias"):
+                continue
+            lies, (first, *rest) = self._slice(name), self.local(name)
+            row = math.prod(rest)
+            values = part_of(first, weights, 0).chunk * weights * row
+            whole += values
+            blocks += values if name.startswith("blocks.") else 0
+            sums += lies.gradients.chunk * gradients * row
+            fine += (lies.optimizer.chunk * optimizer if optimizer > 1 else lies.gradients.chunk) * row
+        return blocks, whole, sums, fine
 
 
 def as_table(found: dict[str, float]) -> list[dict[str, Any]]:
