@@ -165,9 +165,7 @@ def test_twenty_billion_parameters_take_what_the_page_says() -> None:
         (SLOW, 8, (37.6, 16.4, 8.4)),
     ],
 )
-def test_seconds_are_those_of_the_page(
-    cluster: Cluster, accumulation: int, want: tuple[float, float, float]
-) -> None:
+def test_seconds_are_those_of_the_page(cluster: Cluster, accumulation: int, want: tuple[float, float, float]) -> None:
     found = [scheme(cluster, M).of(accumulation) for scheme in (zero_3, zero_plus_plus, topo)]
     assert [round(seconds, 1) for seconds in found] == list(want)
 

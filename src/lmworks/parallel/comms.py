@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 from lmworks.maths.blockwise import Blocks, Code, Runs, quantise, unpacked
 from lmworks.parallel.billing import Billed, BilledAllGather
+from lmworks.parallel.parcels import in_parts
 from lmworks.parallel.quantised import Route, gather, gather_packets
 from lmworks.parallel.wire import Wire
 
@@ -59,11 +60,9 @@ class SecondCopy(Billed, AllGather):
     def __init__(self, wire: Wire, first: AllGather, code: Code, runs: Runs) -> None:
         super().__init__(wire, "secondary")
         self.first, self.code = first, code
-        length = -(-runs.values // wire.size("secondary"))
-        ends = [min(place * length, runs.values) for place in range(wire.size("secondary") + 1)]
-        self.parts = [runs.between(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
-        """Of each place; the last ones may be short, or empty. `runs`: of all that is gathered."""
-        self.start = ends[wire.place("secondary")]
+        self.parts = in_parts(runs, wire.size("secondary"))
+        """Of each place. `runs`: of all that is gathered."""
+        self.start = sum(part.values for part in self.parts[: wire.place("secondary")])
         self.kept: Blocks | None = None
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:

@@ -48,14 +48,20 @@ class Seconds:
 
 
 def memory(
-    parameters: float, *, weights: int, gradients: int, optimizer: int, secondary: int | None = None, copied: float = 1.0
+    parameters: float,
+    *,
+    weights: int,
+    gradients: int,
+    optimizer: int,
+    secondary: int | None = None,
+    copied: float = 1.0,
 ) -> float:
-    """Bytes of a rank in mixed precision: 2 P / s_w + copied P / s_2 + 2 P / s_g + 12 P / s_o.
+    """Bytes of a rank in mixed precision, P values: 2 P / s_w + copied P / s_2 + 2 P / s_g + 12 P / s_o.
 
     `copied`: bytes of a value of the second copy; 1 for int8, 2 for the plain one of hpZ.
     """
-    second = 0.0 if secondary is None else copied * parameters / secondary
-    return 2 * parameters / weights + second + 2 * parameters / gradients + 12 * parameters / optimizer
+    second = 0.0 if secondary is None else copied * values / secondary
+    return 2 * values / weights + second + 2 * values / gradients + 12 * values / optimizer
 
 
 def zero_3(cluster: Cluster, gathered: float) -> Seconds:
