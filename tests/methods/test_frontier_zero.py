@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -26,10 +25,6 @@ M = 40.0
 
 def recipe(*sets: str) -> Any:
     return recipes.load("methods/frontier-zero", verb="train", sets=["batch_size=48", *sets])
-
-
-def plus(*sets: str) -> Any:
-    return recipe("layout={use='zero++'}", *sets)
 
 
 # --- what they become ------------------------------------------------------------------------------------------------
@@ -64,23 +59,8 @@ def test_topo_becomes_a_plain_layout(ranks: int, sets: list[str], want: dict[str
     assert settle(recipe(*sets), ranks).layout == Layout(dp_shard=ranks, state=state)
 
 
-@pytest.mark.parametrize("switches", list(itertools.product([True, False], repeat=3))[:-1])
-@pytest.mark.parametrize("ranks", [4, 16])
-def test_zero_plus_plus_is_three_switches(ranks: int, switches: tuple[bool, bool, bool]) -> None:
-    qwz, hpz, qgz = switches
-    sets = [f"layout.{name}={str(on).lower()}" for name, on in zip(("qwz", "hpz", "qgz"), switches, strict=True)]
-    state = settle(plus(*sets), ranks).layout.state
-    assert state == StatePlacement(
-        levels=(8,) if ranks == 16 else (),
-        secondary=8 if hpz and ranks == 16 else None,
-        weights_as="int8" if qwz else "plain",
-        gradients_as="int4" if qgz else "plain",
-    )
-
-
 def test_alone_it_is_one_rank() -> None:
     assert settle(recipe(), 1).layout == Layout(dp_shard=1)
-    assert settle(plus(), 1).layout == Layout(dp_shard=1)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +71,6 @@ def test_uneven_nodes_share_inside_of_them_and_say_so(ranks: int, sets: list[str
     with pytest.warns(UserWarning, match=f"{ranks} ranks do not make pairs .* groups of {shared} share all states"):
         found = settle(recipe(*sets), ranks).layout
     assert found == Layout(dp_replicate=ranks // shared, dp_shard=shared)
-
-
-def test_zero_plus_plus_on_uneven_nodes_says_so_too() -> None:
-    with pytest.warns(UserWarning, match="12 ranks do not make nodes of 8: groups of 4"):
-        assert settle(plus(), 12).layout == Layout(dp_replicate=3, dp_shard=4)
 
 
 @pytest.mark.parametrize(
@@ -110,19 +85,6 @@ def test_zero_plus_plus_on_uneven_nodes_says_so_too() -> None:
 def test_what_has_no_effect_or_does_not_nest_is_refused(sets: list[str], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         settle(recipe(*sets), 4)
-
-
-@pytest.mark.parametrize(
-    ("sets", "told"),
-    [
-        (["layout.qwz=false", "layout.hpz=false", "layout.qgz=false"], "which is ZeRO-3. Turn one on"),
-        (["layout.qwz=false", "layout.qgz=false", "layout.block=64"], "layout.block: has no effect"),
-        (["layout.qgz=false", "layout.feedback=0.5"], "layout.feedback: has no effect without qgz"),
-    ],
-)
-def test_switches_that_are_off_leave_no_settings(sets: list[str], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
-        settle(plus(*sets), 16)
 
 
 def test_weights_that_a_pair_cannot_hold_are_refused_with_the_sum_and_a_wider_pair() -> None:

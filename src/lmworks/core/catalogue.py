@@ -103,7 +103,7 @@ SLOTS: dict[str, Shelf] = {
             "tokenring": Part("methods.tokenring:TokenRing", "rows divided among ranks that pass queries round"),
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
             "frontier-zero": Part("methods.frontier_zero:FrontierZero", "states shared by pair, node and all ranks"),
-            "zero++": Part("methods.frontier_zero:ZeroPlusPlus", "ZeRO-3 that sends int8 weights and int4 gradients"),
+            "zero++": Part("parallel.zeropp:ZeroPlusPlus", "ZeRO-3 that sends int8 weights and int4 gradients"),
             "megatron": Part("methods.megatron:Megatron", "least tensor and pipeline parallelism that fits in memory"),
         },
         default="ranks",

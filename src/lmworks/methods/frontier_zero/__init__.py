@@ -9,9 +9,9 @@ and is measured against it.
 ZeRO-3 divides weights, gradients and optimizer state among all ranks, and every micro-batch goes over the network
 three times. A cluster has faster links: two dies of a package, the eight of a node. Here weights are shared by a pair,
 gradients by a node, optimizer state by all: micro-batches stay inside the node, and the network is used once a step.
-`layout.use = "frontier-zero"` picks these degrees for as many ranks as there are. `layout.use = "zero++"` leaves all
-states with all ranks, as ZeRO-3 does, and has ZeRO++'s three switches. What either becomes stands in the run's
-`recipe.toml` as a plain `layout` with a `state`.
+`layout.use = "frontier-zero"` picks these degrees for as many ranks as there are. What it becomes stands in the run's
+`recipe.toml` as a plain `layout` with a `state`. Its rival is a plain part: `layout.use = "zero++"` leaves all states
+with all ranks, as ZeRO-3 does, and has ZeRO++'s three switches.
 
 | symbol | meaning | setting |
 | --- | --- | --- |
@@ -106,8 +106,6 @@ it is added to what is coded next.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -116,6 +114,7 @@ from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat, PositiveInt
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import StatePlacement
+from lmworks.parallel.zeropp import whole_nodes
 
 
 @final
@@ -201,70 +200,6 @@ class FrontierZero(Arrangement):
         better = f"pair = {wider}" if node % wider == 0 else 'layout.use = "zero++", which shares weights among all'
         text = f"a rank would hold {total:.3g} GiB ({told}), above {self.memory_gib:g}. Take {better}"
         raise RecipeError([Problem(path="layout.memory_gib", text=text)])
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ZeroPlusPlus(Arrangement):
-    """All states shared by all ranks, with ZeRO++'s three ways to send less, each a switch."""
-
-    ranks: PositiveInt | None = None
-    """Ranks. Left out: as many as there are."""
-    node: PositiveInt = 8
-    """Ranks of a node."""
-    qwz: bool = True
-    """Weights travel as int8."""
-    hpz: bool = True
-    """A second copy of the gathered weights, shared inside a node, serves the backward pass. Not where one node holds
-    all ranks, which share the first one as fast."""
-    qgz: bool = True
-    """Gradients travel as int4, inside the node and then across."""
-    block: PositiveInt = 2048
-    """Values that share a scale."""
-    feedback: NonNegativeFloat = 0.0
-    """Share of what codes missed of a gradient that is added to the next one; 0 is off."""
-
-    @property
-    def asked(self) -> int | None:
-        """`ranks`, where they are given."""
-        return self.ranks
-
-    def check(self, recipe: Any) -> Iterator[Problem]:
-        """Settings without effect."""
-        if not (self.qwz or self.hpz or self.qgz):
-            text = "all three switches are off, which is ZeRO-3. Turn one on, or leave layout out"
-            yield Problem(path="", text=text)
-        if self.block != 2048 and not (self.qwz or self.qgz):
-            yield Problem(path="block", text="has no effect without qwz and qgz")
-        if self.feedback and not self.qgz:
-            yield Problem(path="feedback", text="has no effect without qgz")
-
-    def settle(self, world: int, recipe: Any) -> Layout:
-        """The plain layout."""
-        if world == 1:
-            return Layout(dp_shard=1)
-        if world > self.node and world % self.node:
-            return whole_nodes(world, self.node, why=f"nodes of {self.node}")
-        several = 1 < self.node < world
-        state = StatePlacement(
-            levels=(self.node,) if several else (),
-            secondary=self.node if self.hpz and several else None,
-            weights_as="int8" if self.qwz else "plain",
-            gradients_as="int4" if self.qgz else "plain",
-            block=self.block,
-            feedback=self.feedback,
-        )
-        return Layout(dp_shard=world, state=state)
-
-
-def whole_nodes(world: int, node: int, *, why: str) -> Layout:
-    """HSDP for ranks that do not make whole nodes: groups that share all states, the largest of one size that lie in
-    one node each. Warns."""
-    shared = world if world < node else math.gcd(world, node)
-    alike = f"groups of {shared} share all states, and {world // shared} of them are alike (HSDP)"
-    text = f"{world} ranks do not make {why}: {alike}"
-    warnings.warn(text, stacklevel=3)
-    return Layout(dp_replicate=world // shared, dp_shard=shared)
 
 
 def parameters(recipe: Any) -> int:

@@ -48,13 +48,7 @@ class Seconds:
 
 
 def memory(
-    parameters: float,
-    *,
-    weights: int,
-    gradients: int,
-    optimizer: int,
-    secondary: int | None = None,
-    copied: float = 1.0,
+    values: float, *, weights: int, gradients: int, optimizer: int, secondary: int | None = None, copied: float = 1.0
 ) -> float:
     """Bytes of a rank in mixed precision, P values: 2 P / s_w + copied P / s_2 + 2 P / s_g + 12 P / s_o.
 
