@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
 from lmworks.methods.frontier_zero import parameters
 from lmworks.methods.frontier_zero.cost import Cluster, break_even, memory, topo, zero_3, zero_plus_plus
+from lmworks.model.checkpoint import complete
+from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.state import StatePlacement
 from lmworks.train.build import settle
+from tests.train import ranked
 
 FRONTIER = Cluster(nodes=48)
 SLOW = Cluster(nodes=48, net=25.0)
@@ -55,7 +59,7 @@ def recipe(*sets: str) -> Any:
     ],
 )
 def test_topo_becomes_a_plain_layout(ranks: int, sets: list[str], want: dict[str, Any]) -> None:
-    state = StatePlacement(**{"gradients_as": "int4", "block": 2048, **want})
+    state = StatePlacement(**{"gradients_as": "int4", **want})
     assert settle(recipe(*sets), ranks).layout == Layout(dp_shard=ranks, state=state)
 
 
@@ -191,3 +195,35 @@ def test_loss_in_scaling_is_not_what_the_formulas_explain() -> None:
     """0.94 was published up to 48 nodes. From 8 nodes on the formulas lose a hundredth: nothing in them waits."""
     few, many = (8 * fitted() + topo(Cluster(nodes=nodes), M).of(8) for nodes in (8, 48))
     assert few / many == pytest.approx(0.99, abs=0.005)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+LAYOUT = {"use": "frontier-zero", "node": 4, "secondary": "node", "block": 64}
+"""Two rows of the toy's token table in a block."""
+
+
+@pytest.mark.ranks
+def test_a_run_on_four_ranks_is_near_that_of_one_and_goes_on_where_it_was(
+    text: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Two micro-batches a step. Resumed in the middle, as the plain layout that it became, it is bitwise unbroken; one
+    rank goes on from the same checkpoint."""
+    picked = {"layout": LAYOUT, "micro_batch_size": 1}
+    spec = ranked.table(text, cache, **picked)
+    gang.run(ranked.train, 4, spec, str(tmp_path / "four"))
+    gang.run(ranked.train, 1, ranked.table(text, cache), str(tmp_path / "one"))
+    whole, one = ranked.losses(tmp_path / "four"), ranked.losses(tmp_path / "one")
+    assert whole[0] == pytest.approx(one[0], rel=1e-6)
+    assert whole == pytest.approx(one, rel=0.02)
+    assert whole != one
+    kept = recipes.load(str(tmp_path / "four" / "recipe.toml"), verb="train")
+    assert kept.layout == settle(recipe("layout.secondary=node", "layout.block=64"), 4).layout
+    middle = complete(tmp_path / "four" / "checkpoints")[0]
+    alone = gang.run(ranked.train, 1, ranked.table(text, cache), str(tmp_path / "alone"), str(middle))
+    assert any("going on from step 5" in note for note in alone[0])
+    assert ranked.losses(tmp_path / "alone")[-7:] == pytest.approx(whole[-7:], rel=0.02)
+    plain = ranked.table(text, cache, layout=recipes.table_of(kept)["layout"], micro_batch_size=1)
+    notes = gang.run(ranked.train, 4, plain, str(tmp_path / "four"), str(middle))
+    assert any("going on from step 5" in note for note in notes[0])
+    assert ranked.losses(tmp_path / "four") == whole

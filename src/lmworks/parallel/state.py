@@ -33,7 +33,8 @@ STATE_AXES = ("weights", "gradients", "optimizer", "copies", "secondary")
 """Axes that a placement of states adds to those of a layout."""
 DEGREES = ("weights", "gradients", "optimizer")
 """From the coarsest part to the finest."""
-BLOCK = 2048
+BLOCK = 256
+"""A scale of 4 bytes is 1.6 % of as many values in int8, 3.1 % in int4; wider blocks round more of int4 to zero."""
 
 
 @final
@@ -61,7 +62,7 @@ class StatePlacement:
     gradients_as: Literal["plain", "int4", "int8"] = "plain"
     """In what gradients travel with every micro-batch. 'plain': float32."""
     block: PositiveInt = BLOCK
-    """Values that share a scale, where something travels as int4 or int8."""
+    """Values that share a scale, where something travels as int4 or int8. Fewer are more exact, above all in int4."""
     feedback: NonNegativeFloat = 0.0
     """Share of what rounding took from a gradient that is added to the next one; 0 is off."""
 
