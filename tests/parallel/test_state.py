@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
 from lmworks.parallel.layout import Layout
-from lmworks.parallel.state import STATE_AXES, StatePlacement
+from lmworks.parallel.state import STATE_AXES, StatePlacement, problems, smaller
 from lmworks.parallel.world import lines
 from lmworks.train.build import settle
 
@@ -25,6 +26,9 @@ def placed(draw: st.DrawFn) -> Layout:
     cp = draw(st.sampled_from([d for d in range(1, ranks + 1) if ranks % d == 0]))
     secondary = draw(st.sampled_from([None, *(d for d in range(2, weights) if weights % d == 0)]))
     state = StatePlacement(weights=weights, gradients=gradients, optimizer=optimizer, secondary=secondary)
+    levels = sorted({weights, gradients, optimizer} - {1})
+    if draw(st.booleans()):
+        state = dataclasses.replace(state, levels=tuple(levels))
     pp, tp = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     return Layout(pp=pp, tp=tp, cp=cp, dp_shard=ranks // cp, state=state)
 
@@ -118,3 +122,14 @@ def test_a_placement_survives_the_recipe_file() -> None:
     assert recipe.layout.state == StatePlacement(weights=2, gradients=4, levels=(2, 4))
     again = recipes.decode(recipes.table_of(recipe))
     assert again.layout == recipe.layout
+
+
+@given(placed())
+def test_a_smaller_placement_has_the_same_steps_and_can_be(layout: Layout) -> None:
+    assert layout.state is not None
+    state, ranks = smaller(layout.state, layout.size("fsdp"))
+    small = Layout(dp_shard=ranks, state=state)
+    for axis in STATE_AXES:
+        assert (small.size(axis) > 1) == (layout.size(axis) > 1), axis
+        assert small.size(axis) <= layout.size(axis)
+    assert ranks == 1 or list(problems(state, small)) == []

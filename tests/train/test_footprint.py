@@ -148,6 +148,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp-2": (2, {"layout": {"pp": 2}, "micro_batch_size": 2}),
     "pp-2-fsdp-2": (4, {"layout": {"pp": 2}, "micro_batch_size": 2}),
     "pp-2-tp-2": (4, {"layout": {"pp": 2, "tp": 2}, "micro_batch_size": 2}),
+    "zero-1": (2, {"layout": {"state": {"weights": 1, "gradients": 1}}}),
+    "zero-2": (2, {"layout": {"state": {"weights": 1}}, "precision": "bf16"}),
+    "ladder-4": (4, {"layout": {"state": {"weights": 2, "gradients": 2}}, "precision": "bf16"}),
+    "one-copy-each": (2, {"layout": {"state": {"weights": 1, "gradients": 1, "optimizer": 1}}, "precision": "bf16"}),
     "ep-2": (2, {"layout": {"ep": 2}, "model": {**ranked.MODEL, "experts": {"count": 4, "bias_rate": 0.001}}}),
 }
 

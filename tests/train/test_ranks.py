@@ -28,6 +28,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp-2-v": (2, {"layout": {"pp": 2, "schedule": "zero-bubble-v"}, "micro_batch_size": 2}),
     "cp-2": (2, {"layout": {"cp": 2}}),
     "hsdp-4": (4, {"layout": {"dp_replicate": 2}}),
+    "zero-1": (2, {"layout": {"state": {"weights": 1, "gradients": 1}}, "micro_batch_size": 1}),
+    "ladder-4": (4, {"layout": {"state": {"weights": 1, "gradients": 2}}, "micro_batch_size": 1}),
+    "pairs-4": (4, {"layout": {"state": {"weights": 2, "gradients": 2}}}),
+    "zero-2-pp-2": (4, {"layout": {"pp": 2, "state": {"weights": 1}}, "micro_batch_size": 1}),
     "pp-2-tp-2": (4, {"layout": {"pp": 2, "tp": 2}, "micro_batch_size": 2}),
 }
 
@@ -79,7 +83,7 @@ def test_a_run_on_ranks_is_the_run_of_one(name: str, text: Path, cache: Path, on
     assert load(tmp_path / "run").config == load(one).config
 
 
-@pytest.mark.parametrize("name", ["fsdp-2", "sp-2", "hsdp-4"])
+@pytest.mark.parametrize("name", ["fsdp-2", "sp-2", "hsdp-4", "zero-1", "pairs-4", "zero-2-pp-2"])
 def test_bf16_on_ranks_learns_about_what_one_rank_learns(name: str, text: Path, cache: Path, tmp_path: Path) -> None:
     """Rounding differs: FSDP gathers all weights in bf16, norms too, which one rank keeps in float32."""
     found = {}
@@ -89,7 +93,17 @@ def test_bf16_on_ranks_learns_about_what_one_rank_learns(name: str, text: Path, 
     assert found[name] == pytest.approx(found["one"], rel=1e-2)
 
 
-PAIRS = [("pp-2-tp-2", "fsdp-2"), ("fsdp-2", "pp-2-tp-2"), ("sp-2", "pp-2"), ("hsdp-4", "cp-2"), ("pp-2-v", "tp-2")]
+PAIRS = [
+    ("pp-2-tp-2", "fsdp-2"),
+    ("fsdp-2", "pp-2-tp-2"),
+    ("sp-2", "pp-2"),
+    ("hsdp-4", "cp-2"),
+    ("pp-2-v", "tp-2"),
+    ("ladder-4", "fsdp-2"),
+    ("fsdp-2", "pairs-4"),
+    ("pairs-4", "zero-2-pp-2"),
+    ("zero-1", "ladder-4"),
+]
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
@@ -118,7 +132,7 @@ def test_compiled_blocks_on_ranks_learn_the_same(text: Path, cache: Path, one: P
     same_end(tmp_path / "run", one)
 
 
-@pytest.mark.parametrize("name", ["fsdp-2", "pp-2-tp-2"])
+@pytest.mark.parametrize("name", ["fsdp-2", "pp-2-tp-2", "pairs-4"])
 def test_samples_are_those_of_one_rank(name: str, text: Path, cache: Path, tmp_path: Path) -> None:
     """The first rank gathers the whole model, writes, and the run goes on."""
     asked = {"prompts": ["line 3", "of document"], "every": 4, "tokens": 12, "temperature": 0.0}
@@ -132,7 +146,7 @@ def test_samples_are_those_of_one_rank(name: str, text: Path, cache: Path, tmp_p
     assert found["one"].count("\n") == 6
 
 
-@pytest.mark.parametrize("name", ["pp-2-tp-2", "hsdp-4"])
+@pytest.mark.parametrize("name", ["pp-2-tp-2", "hsdp-4", "ladder-4"])
 def test_a_run_of_ranks_is_exported_like_any_other(
     name: str, text: Path, cache: Path, one: Path, tmp_path: Path
 ) -> None:
@@ -165,14 +179,15 @@ def keep_until(path: Path, step: int) -> None:
             (checkpoint / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("name", ["fsdp-2", "pp-2", "tp-2"])
+@pytest.mark.parametrize("name", ["fsdp-2", "pp-2", "tp-2", "zero-1"])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     name: str, text: Path, cache: Path, tmp_path: Path
 ) -> None:
     ranks, over = LAYOUTS[name]
     spec = ranked.table(text, cache, **over, checkpoints={"every": 1, "keep": 99})
     head = 1 if name == "pp-2" else 0  # the rank that has a loss
-    found = gang.run(ranked.poisoned, ranks, spec, str(tmp_path / "run"), head, 4 if name != "pp-2" else 13)
+    call = 13 if "micro_batch_size" in over else 4  # in step 4
+    found = gang.run(ranked.poisoned, ranks, spec, str(tmp_path / "run"), head, call)
     assert all("the update was not made" in error for error, _ in found)
     done = max(row["step"] for row in ranked.rows(tmp_path / "run"))
     assert done == 3
@@ -233,7 +248,7 @@ CODED = {"saved": "coat", "optimizer": {"use": "coat", "around": {"use": "adamw"
 WIDER = {**ranked.MODEL, "hidden_size": 64, "ffn_size": 96}
 
 
-@pytest.mark.parametrize("name", ["fsdp-2", "pp-2"])
+@pytest.mark.parametrize("name", ["fsdp-2", "pp-2", "ladder-4"])
 def test_a_run_in_codes_goes_on_to_the_bit_and_under_another_layout(
     name: str, text: Path, cache: Path, tmp_path: Path
 ) -> None:

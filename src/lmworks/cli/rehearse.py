@@ -39,12 +39,15 @@ def rehearse(
     ranks = ranks or decoded.layout.asked
     if ranks is None:
         raise UsageError("this layout takes as many ranks as there are: say how many", next_step="--ranks 512")
+    notes = decoded.layout.notes(ranks, decoded)
     layout = decoded.layout.settle(ranks, decoded)
     decoded = dataclasses.replace(decoded, layout=layout)
     if problems := problems_of(decoded):
         raise RecipeError(problems)
     scene, said = rehearsal.small(decoded, layout, most=most)
     if not as_json:
+        for text in notes:
+            say(text)
         say(f"asked for: {layout.ranks} ranks ({rehearsal.described(layout)})")
     _pipeline(decoded, picture, as_json=as_json)
     if not as_json:
@@ -94,6 +97,8 @@ def _print(verdict: object) -> None:
     for axis in sorted(set(verdict.sent) | set(verdict.expected)):
         counted, formula = verdict.sent.get(axis, 0.0), verdict.expected.get(axis, 0.0)
         typer.echo(f"  {axis:12}  counted {counted:12,.0f}  by formula {formula:12,.0f}")
+    for level, size in verdict.levels.items() if len(verdict.levels) > 1 else ():
+        typer.echo(f"  of states, {level:10} {size:12,.0f}")
     right = "The layout computes what one process computes" if verdict.equal else "The layout does NOT compute it"
     bill = "and sends what the formulas say" if verdict.billed else "and does NOT send what the formulas say"
     typer.echo(f"{right}, {bill}.")

@@ -100,6 +100,7 @@ SLOTS: dict[str, Shelf] = {
         "how the ranks of a run share the work",
         {
             "ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor"),
+            "zero": Part("parallel.zero:Zero", "weights, gradients and optimizer state shared as a known stage says"),
             "tokenring": Part("methods.tokenring:TokenRing", "rows divided among ranks that pass queries round"),
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
             "frontier-zero": Part("methods.frontier_zero:FrontierZero", "states shared by pair, node and all ranks"),

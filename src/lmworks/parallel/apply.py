@@ -16,7 +16,7 @@ With one rank nothing is cut and nothing is sent; the code is the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,8 +33,8 @@ from lmworks.model.pieces import Box, Pieces, whole_box
 from lmworks.parallel import experts, tensor
 from lmworks.parallel.context import Context
 from lmworks.parallel.fsdp import shard
-from lmworks.parallel.ladder import Ladder, Masters
-from lmworks.parallel.layout import Layout
+from lmworks.parallel.ladder import Ladder
+from lmworks.parallel.parameters import Chunks, Masters
 from lmworks.parallel.pipeline import Pipeline, held_by, split
 from lmworks.parallel.replicas import Replicas
 from lmworks.parallel.shard import Cut, boxes, divide, local
@@ -61,9 +61,9 @@ class Placement:
         self.layout = wire.layout
         self.device = device
         self.cuts = dict(cuts)
-        self.weights: nn.Module = chunks[0] if len(chunks) == 1 else _Chunks(chunks)
+        self.weights: nn.Module = chunks[0] if len(chunks) == 1 else Chunks(chunks)
         """What blocks are given."""
-        self.ladder = Ladder(dict(self.weights.named_parameters()), wire, kind) if masters(wire.layout) else None
+        self.ladder = Ladder(dict(self.weights.named_parameters()), wire, kind) if wire.layout.masters else None
         stepped = self.weights if self.ladder is None else Masters(self.weights, self.ladder.masters)
         self.model: Backbone = stepped  # type: ignore[assignment]  # asked for its parameters only, where it is no Backbone
         self._boxes = {name: box for chunk in self.chunks for name, box in boxes(chunk, self.cuts, wire).items()}
@@ -93,6 +93,9 @@ class Placement:
 
     def fill(self, value: Callable[[str, Box], Tensor]) -> None:
         """Give every parameter of this rank its values: `value(name, box)` is that part of the whole tensor."""
+        for module in self.weights.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a pass without gradient may have left gathered weights, or a second copy
         with torch.no_grad():
             for name, parameter in self.weights.named_parameters():
                 part = value(name, self._boxes[name])
@@ -304,6 +307,16 @@ class Placement:
         if table is not None and table.grad is not None and self._at_both_ends("embed.weight"):
             self.wire.sum(local(table.grad), "ends" if self.wire.size("pp") > 2 else "pp")
 
+    @property
+    def masters_bytes(self) -> int:
+        """Bytes of the parameters that an optimizer steps in place of the weights."""
+        return 0 if self.ladder is None else sum(x.nbytes for x in self.ladder.masters.values())
+
+    def gradients(self) -> list[Tensor]:
+        """What this rank holds of gradients at the end of a step, each value once."""
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return found if self.ladder is None else self.ladder.held(found)
+
     def _sum_together(self, tensors: Sequence[Tensor], axis: str) -> None:
         """Sum several tensors over an axis by one collective."""
         if not tensors:
@@ -324,28 +337,6 @@ class Placement:
         return not self.layout.both_ends_on_one_rank
 
 
-class _Chunks(nn.ModuleList):
-    """Several stages of one rank, with the names that their parameters have in the whole model."""
-
-    def __init__(self, chunks: Sequence[Backbone]) -> None:
-        super().__init__(chunks)
-        self.config = chunks[0].config
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        """As nn.Module's, without the number of the stage."""
-        seen: set[int] = set()
-        for chunk in self:
-            for name, parameter in chunk.named_parameters(prefix, recurse, remove_duplicate):
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield name, parameter
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter by its name in the whole model."""
-        found: nn.Parameter = dict(self.named_parameters())[target]
-        return found
-
-
 def place(
     config: Any,
     wire: Wire,
@@ -364,7 +355,7 @@ def place(
     chunks: list[Backbone] = []
     cuts: dict[str, Cut] = {}
     for stage in held:
-        chunk = config.build(dtype=dtype, device="meta", param_dtype=travelling(layout, dtype, param_dtype))
+        chunk = config.build(dtype=dtype, device="meta", param_dtype=dtype if layout.narrow_weights else param_dtype)
         for parameter in chunk.parameters():
             if not parameter.requires_grad:  # such as experts' biases: nobody keeps a master of them
                 parameter.data = parameter.data.to(param_dtype)
@@ -386,20 +377,6 @@ def place(
     for chunk in chunks:
         chunk.to_empty(device=device)
     return Placement(chunks, cuts, wire, device, param_dtype)
-
-
-def masters(layout: Layout) -> bool:
-    """Whether an optimizer steps finer parts than those that blocks are given."""
-    return layout.state is not None and layout.state.masters(layout.size("fsdp"))
-
-
-def travelling(layout: Layout, dtype: torch.dtype, param_dtype: torch.dtype) -> torch.dtype:
-    """The type of a rank's weights: that in which they are used, where there are masters of another.
-
-    Not on the ranks of a pipeline that hold weights whole: there autograd sums micro-batches in the type of a weight.
-    """
-    summed_so = layout.pp > 1 and masters(layout) and layout.size("weights") == 1
-    return dtype if masters(layout) and not summed_so else param_dtype
 
 
 def whole(model: Backbone) -> Placement:

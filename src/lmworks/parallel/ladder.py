@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,25 +34,6 @@ from lmworks.parallel.wire import Running, Wire
 
 IN_FLIGHT = 2
 """Buckets whose sums are on their way at once; each holds its gradients twice."""
-
-
-class Masters(nn.Module):
-    """A model as its optimizer sees it: the masters, and under it what is not trained. Asked for parameters only."""
-
-    def __init__(self, beneath: nn.Module, masters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
-        self.beneath = beneath
-        self.config = beneath.config
-        self._masters = dict(masters)
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        """As nn.Module's, by the names of the weights."""
-        for name, parameter in self.beneath.named_parameters(prefix, recurse, remove_duplicate):
-            yield name, self._masters.get(name, parameter)
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter by its name in the whole model."""
-        return self._masters[target] if target in self._masters else self.beneath.get_parameter(target)
 
 
 class Ladder:
@@ -89,10 +69,11 @@ class Ladder:
             found[name] = boxes[name].narrowed(0, lies.start, lies.optimizer.length)
         return found
 
-    @property
-    def sums(self) -> list[Tensor]:
-        """Where gradients are summed from micro-batch to micro-batch."""
-        return [bucket.sums_W for bucket in self._buckets]
+    def held(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The sums that stay, and those of the masters' gradients that are no part of them."""
+        sums = [bucket.sums_W for bucket in self._buckets]
+        kept = {x.untyped_storage().data_ptr() for x in sums}
+        return sums + [x for x in gradients if x.untyped_storage().data_ptr() not in kept]
 
     # --- down -------------------------------------------------------------------------------------------------------
 
@@ -237,13 +218,13 @@ class _Bucket:
         for (weight, _, _), part in zip(self.members, parts, strict=True):
             local(weight).copy_(part.view(local(weight).shape))
 
-    def _up(self, parts: Sequence[Tensor], chunks: Sequence[int], rows: Sequence[int], axis: str) -> Sequence[Tensor]:
+    def _up(self, parts: list[Tensor], chunks: Sequence[int], rows: Sequence[int], axis: str) -> list[Tensor]:
         """The coarser parts, of so many rows, which the ranks of an axis have one chunk of each."""
         if self.wire.size(axis) == 1 or not sum(rows):
             return parts
         filled = [_filled(part, chunk) for part, chunk in zip(parts, chunks, strict=True)]
         found_NW = self.wire.gather(torch.cat([x.flatten() for x in filled])[None], axis, 0)
-        pieces = found_NW.split([x.numel() for x in filled], 1)
+        pieces = torch.split(found_NW, [x.numel() for x in filled], 1)
         joined = zip(pieces, parts, rows, strict=True)
         return [piece.reshape(-1, part.shape[1])[:length] for piece, part, length in joined]
 
@@ -252,7 +233,7 @@ class _Bucket:
 
     def _rows(self, x_W: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Each parameter's rows of a row of what travels."""
-        pieces = x_W.split(list(widths))
+        pieces = torch.split(x_W, list(widths))
         return [piece.view(-1, _row(master)) for piece, (_, master, _) in zip(pieces, self.members, strict=True)]
 
     def _wait(self) -> None:

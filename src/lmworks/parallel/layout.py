@@ -64,6 +64,10 @@ class Arrangement(ABC):
     def settle(self, world: int, recipe: Any) -> Layout:
         """The layout of `world` ranks for a training recipe. Raises RecipeError, with what is legal, without one."""
 
+    def notes(self, world: int, recipe: Any) -> list[str]:
+        """What people should know of the layout that is found, in sentences."""
+        return []
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,19 @@ class Layout(Arrangement):
     def both_ends_on_one_rank(self) -> bool:
         """Whether the first and the last stage of the pipeline are held by the same rank."""
         return self.pp == 1 or self.schedule in V_SHAPED
+
+    @property
+    def masters(self) -> bool:
+        """Whether the optimizer steps finer parts, in float32, than those that blocks are given."""
+        return self.state is not None and self.state.masters(self.size("fsdp"))
+
+    @property
+    def narrow_weights(self) -> bool:
+        """Whether a rank keeps its weights in the type that they are used in, beside masters.
+
+        Not the ranks of a pipeline that hold weights whole: there autograd sums micro-batches in the type of a weight.
+        """
+        return self.masters and not (self.pp > 1 and self.size("weights") == 1)
 
     @property
     def settled(self) -> bool:

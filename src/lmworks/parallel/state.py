@@ -21,6 +21,7 @@ In a pipeline torch's schedules sum gradients once a step, with the last micro-b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -122,6 +123,26 @@ class StatePlacement:
         """The fastest level that joins two places of the view fsdp; len(levels): only the network does."""
         joined = [one // size == other // size for size in self.levels]
         return joined.index(True) if True in joined else len(self.levels)
+
+
+def smaller(state: StatePlacement, ranks: int) -> tuple[StatePlacement, int]:
+    """The placement, and the ranks, with degrees that rise by the same steps, each of them 2."""
+    rungs = {1, state.secondary or 1, *(state.degree(name, ranks) for name in DEGREES), ranks}
+    small = {large: 2**step for step, large in enumerate(sorted(rungs))}
+
+    def fewer(size: int | None) -> int | None:
+        return None if size is None else small[size]
+
+    levels = {small[max(rung for rung in rungs if rung <= level)] for level in state.levels} - {1}
+    found = dataclasses.replace(
+        state,
+        weights=fewer(state.weights),
+        gradients=fewer(state.gradients),
+        optimizer=fewer(state.optimizer),
+        secondary=fewer(state.secondary),
+        levels=tuple(sorted(levels)),
+    )
+    return found, small[ranks]
 
 
 def problems(state: StatePlacement, layout: Any) -> Iterator[Problem]:

@@ -92,6 +92,15 @@ def portions(
     return found
 
 
+def summed(config: Shape, layout: Layout, rank: int, *, sequence: int) -> int:
+    """Values of the sums of gradients that a rank with masters keeps, the rows that fill chunks up among them."""
+    found = 0
+    for first, last, blocks in held_stages(config, layout, rank, sequence=sequence):
+        part = _Part(config, layout, rank, Work(rows=1, micro_batches=1, sequence=sequence), blocks, first, last)
+        found += part.divided()[2] // layout.size("gradients")
+    return found
+
+
 def held_stages(config: Shape, layout: Layout, rank: int, *, sequence: int) -> list[tuple[bool, bool, range]]:
     """The stages of a rank: whether it is the first of all, whether the last, its blocks."""
     if layout.pp == 1:
@@ -291,31 +300,37 @@ class _Part:
         f = {axis: (layout.size(axis) - 1) / layout.size(axis) for axis in STATE_AXES}
         used = min(work.value_bytes, work.weight_bytes)
         times = work.micro_batches if layout.pp == 1 else 1
-        blocks, whole, sums, fine = self._divided()
+        blocks, whole, sums, fine = self.divided()
         reshard = layout.reshard if layout.reshard is not None else layout.pp == 1
         again = reshard and state.secondary is None
-        kept = state.masters(layout.size("fsdp"))
-        up = work.weight_bytes if layout.pp > 1 and layout.size("weights") == 1 else used
+        up = used if layout.narrow_weights else work.weight_bytes
         sent: dict[str, float] = defaultdict(float)
         sent["weights"] = f["weights"] * times * used * (whole + again * blocks)
         sent["secondary"] = f["secondary"] * times * used * blocks if state.secondary is not None else 0.0
         sent["copies"] = 2 * f["copies"] * work.weight_bytes * (fine / layout.size("optimizer"))
         sums_of = {"weights": f["weights"] * times * work.weight_bytes * whole}
-        if kept:
+        if layout.masters:
             sums_of["gradients"] = f["gradients"] * times * work.weight_bytes * sums
             sent["gradients"] = f["gradients"] * up * sums
             sent["optimizer"] = f["optimizer"] * fine * (work.weight_bytes + up)
-        self._coded(state, sent, sums_of, times=times, again=again)
+        self._coded(state, sent, sums_of, times=times, again=again, held=up)
         for axis, size in sums_of.items():
             sent[axis] += size
         return sent
 
     def _coded(
-        self, state: StatePlacement, sent: dict[str, float], sums_of: dict[str, float], *, times: int, again: bool
+        self,
+        state: StatePlacement,
+        sent: dict[str, float],
+        sums_of: dict[str, float],
+        *,
+        times: int,
+        again: bool,
+        held: int,
     ) -> None:
-        """Put what travels as codes in the place of what would be sent plain."""
+        """Put what travels as codes in the place of what would be sent plain. `held`: bytes of a weight."""
         units: dict[str, list[int]] = defaultdict(list)
-        sizes = {name: math.prod(self.portion(name)) * self.work.weight_bytes for name in self._trained()}
+        sizes = {name: math.prod(self.portion(name)) * held for name in self._trained()}
         for name in sizes:
             chunk = part_of(self.local(name)[0], self.layout.size("weights"), 0).chunk
             units[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""].append(chunk * self._row(name))
@@ -344,7 +359,7 @@ class _Part:
         """Values of a row."""
         return math.prod(self.local(name)[1:])
 
-    def _divided(self) -> tuple[int, int, int, int]:
+    def divided(self) -> tuple[int, int, int, int]:
         """Values, with the rows that fill chunks up, of the blocks' weights; of all weights; of this rank's part of
         them, as the ranks of gradients share it; and of its part of those, as the ranks of optimizer do."""
         weights, gradients, optimizer = (self.layout.size(axis) for axis in ("weights", "gradients", "optimizer"))

@@ -1,12 +1,12 @@
 """What a run takes in memory on one rank, by class: told from its settings, and measured.
 
-    weights     this rank's part of the model, float32
-    gradients   the same, of what is trained
-    optimizer   its state once it has stepped
+    weights     this rank's part of the model, float32; where it steps masters, in the type that they are used in
+    gradients   the same, of what is trained; where it steps masters, the sums of micro-batches and their gradients
+    optimizer   its state once it has stepped, and the masters
     saved       what waits for the backward pass, at its peak: blocks by their policy, and what is saved around them
     logits      one chunk of them, and its gradient
     workspace   all else that the allocator had: results on their way, gathered weights, communication; a rule of thumb
-                beforehand: twice what a block saves
+                beforehand: twice what a block saves, and the second copy of a placement of states
 
 `saved` is told for the forms that a CPU runs and for the plain ones of a GPU; the scores of a CPU's tiles by the mean
 length of documents, or, before they were read, as if each filled its row. What compiled blocks keep, the compiler
@@ -29,10 +29,11 @@ from lmworks.data.tokenizer import Bytes
 from lmworks.model.head import chunk_rows
 from lmworks.model.sizes import BlockSizes
 from lmworks.model.tiles import MOST_KEYS, TILE, kept_scores
+from lmworks.parallel.holdings import WEIGHT, holdings
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.schedule import order
 from lmworks.parallel.shard import local
-from lmworks.parallel.traffic import held_stages, portions
+from lmworks.parallel.traffic import held_stages
 from lmworks.train.precision import compute_dtype
 from lmworks.train.rate import bf16_is_fast
 from lmworks.train.slots import BlockBytes, Saved
@@ -42,8 +43,6 @@ ROWS = ("o_proj.weight", "down_proj.weight")
 """Matrices of which tp divides the columns."""
 BYTES = 257
 """Tokens of the tokenizer of bytes."""
-WEIGHT = 4
-"""Bytes of a weight, of its gradient, and of a logit in the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +82,18 @@ def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int, document
     shape = getattr(recipe.model, "shape", recipe.model)
     shape = dataclasses.replace(shape, vocab_size=vocabulary) if shape.vocab_size is None else shape
     work = _Work.of(recipe, layout, shape, document)
-    parts = portions(shape, layout, rank, sequence=work.sequence)
-    trained = {name: part for name, part in parts.items() if not name.endswith("expert_bias")}
     stages = held_stages(shape, layout, rank, sequence=work.sequence)
     with_head = any(last for _, last, _ in stages)
     rows = min(work.tokens, chunk_rows(math.ceil(vocabulary / layout.tp), work.device))
     blocks = [work.block(number).whole for _, _, held in stages for number in held]
+    held = holdings(shape, layout, rank, sequence=work.sequence, value=work.value, optimizer=recipe.optimizer)
     return Footprint(
-        weights=_bytes(parts.values()),
-        gradients=_bytes(trained.values()),
-        optimizer=recipe.optimizer.state_bytes(trained),
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
         saved=_saved(recipe, layout, rank, work),
         logits=rows * math.ceil(vocabulary / layout.tp) * (work.value + WEIGHT) if with_head else 0,
-        workspace=2 * max(blocks),
+        workspace=2 * max(blocks) + held.copy,
     )
 
 
@@ -104,10 +102,6 @@ def vocabulary_of(recipe: Any) -> int | None:
     tokenizer = recipe.data.tokenizer
     known: int | None = recipe.model.vocab_size or getattr(tokenizer, "vocab_size", None)
     return BYTES if known is None and isinstance(tokenizer, Bytes) else known
-
-
-def _bytes(shapes: Iterable[Sequence[int]]) -> int:
-    return sum(WEIGHT * math.prod(shape) for shape in shapes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +168,7 @@ class _Work:
         if getattr(self.shape, "qk_norm", False):
             count, inside = mine.n_heads + mine.n_kv_heads, query + mine.n_kv_heads * mine.head_dim
             heads = (inside + count) * self.value + self._wider(count, inside)
-        matrices = 0 if self.layout.size("fsdp") > 1 or self.value == WEIGHT else self._matrices(number)
+        matrices = self._matrices(number) if self._wide_and_whole() and self.value != WEIGHT else 0
         products = self._products(number) + (query + mine.n_heads if fused else 0)
         ranks = tp if self.layout.sequence_parallel else 1
         return BlockBytes(
@@ -187,6 +181,13 @@ class _Work:
             width=width,
             sizes=mine,
         )
+
+    def _wide_and_whole(self) -> bool:
+        """Whether blocks are given whole weights in float32, which a product casts."""
+        layout = self.layout
+        if layout.state is None:
+            return layout.size("fsdp") == 1
+        return layout.size("weights") == 1 and not layout.narrow_weights
 
     def _attention(self, mine: BlockSizes) -> tuple[float, int, bool]:
         """What attention saves per token: scores of a head, values beside q, k, v and the result; and whether the
@@ -231,7 +232,8 @@ class _Work:
         if first:
             found += self.tokens * 8
         if last:
-            table = math.ceil((self.shape.vocab_size or 0) / self.layout.tp) * width * WEIGHT
+            kind = WEIGHT if self._wide_and_whole() else self.value  # a gradient in the type of the matrix
+            table = math.ceil((self.shape.vocab_size or 0) / self.layout.tp) * width * kind
             norm = width * self.value + self.value + self._wider(1, width)
             found += self.tokens * (norm + width * self.value) + table + 8  # and the count that the loss is divided by
         return found
@@ -298,13 +300,20 @@ def peak_of(saved: Saved, blocks: Sequence[BlockBytes], rest: int) -> int | None
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
-def measured(parameters: Iterable[Tensor], *, optimizer: int, saved: int, logits: int | None, whole: int) -> Footprint:
+def measured(
+    weights: Iterable[Tensor],
+    gradients: Iterable[Tensor],
+    *,
+    optimizer: int,
+    saved: int,
+    logits: int | None,
+    whole: int,
+) -> Footprint:
     """What a rank has, its gradients not yet dropped. `whole`: bytes of the allocator, or of the process, over what was
     there before the run was built."""
-    parameters = list(parameters)
     known = Footprint(
-        weights=_of(parameters),
-        gradients=_of([p.grad for p in parameters if p.grad is not None]),
+        weights=_of(weights),
+        gradients=_of(gradients),
         optimizer=optimizer,
         saved=saved,
         logits=logits,

@@ -43,6 +43,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
     """
     began = time.monotonic()
     place = world.seat()
+    notes = recipe.layout.notes(place.world, recipe)
     recipe = settle(recipe, place.world)
     for sink in recipe.sinks:
         sink.must_be_installed()
@@ -59,6 +60,8 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
             if checkpoint is DONE:
                 report.note("this run is already done; --resume never starts a new one beside it")
                 return folder
+            for text in notes:
+                report.note(text)
             stored = save.Stored(checkpoint, wire.seat) if checkpoint is not None else None
             built = _build(recipe, wire, device, stored, stop, report)
             if place.first:
@@ -269,9 +272,11 @@ class Loop:
     def _measure(self) -> Footprint:
         """What each class of memory takes, while gradients are there; told once."""
         built, account, first = self.built, self.built.account, self.records.memory is None
+        placement = built.placement
         seen = measured(
-            built.placement.model.parameters(),
-            optimizer=built.step.update.held_bytes(),
+            placement.weights.parameters(),
+            placement.gradients(),
+            optimizer=built.step.update.held_bytes() + placement.masters_bytes,
             saved=built.step.books.peak,
             logits=account.predicted.logits,
             whole=most_bytes(built.device) - account.before,

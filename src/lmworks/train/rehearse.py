@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,11 @@ from lmworks.model.init import first_value
 from lmworks.model.pieces import Box
 from lmworks.model.sizes import Shape
 from lmworks.parallel import gang, world
+from lmworks.parallel import state as states
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.layout import AXES, Layout
+from lmworks.parallel.levels import by_level
+from lmworks.parallel.levels import names as level_names
 from lmworks.parallel.pipeline import block_costs, split
 from lmworks.parallel.schedule import order
 from lmworks.parallel.shard import local
@@ -101,6 +104,13 @@ class Seen:
             found[axis] = found.get(axis, 0.0) + size / steps
         return found
 
+    def by_level(self, layout: Layout, rank: int, steps: int) -> dict[str, float]:
+        """Bytes of states by level of links and step; nothing for a layout without a placement of states."""
+        if layout.state is None:
+            return {}
+        sizes = {key: size / steps for key, (_, size) in self.bills.items()}
+        return dict(zip(level_names(layout), by_level(layout, rank, sizes), strict=True))
+
 
 def perform(rank: int, scene: Scene, dtype: torch.dtype = torch.float64, steps: int = STEPS) -> Seen:
     """The steps of a scene as one of its ranks, which are connected."""
@@ -118,16 +128,16 @@ def perform(rank: int, scene: Scene, dtype: torch.dtype = torch.float64, steps: 
     )
 
 
-def placed(rank: int, scene: Scene, dtype: torch.dtype) -> Placement:
-    """A rank's part of the scene's model, with first values by name."""
+def placed(rank: int, scene: Scene, dtype: torch.dtype, *, param_dtype: torch.dtype | None = None) -> Placement:
+    """A rank's part of the scene's model, with first values by name. `param_dtype`: where it is another than dtype."""
     layout, config = scene.layout, scene.model
     wire = alone() if layout.ranks == 1 else world.wire(layout, world.Seat(rank=rank, world=layout.ranks))
-    device = torch.device("cpu")
+    device, kept = torch.device("cpu"), param_dtype or dtype
 
     def arrange(chunk: Backbone) -> None:
         scene.saved.apply(chunk)
 
-    made = place(config, wire, device, dtype=dtype, sequence=scene.length, param_dtype=dtype, arrange=arrange)
+    made = place(config, wire, device, dtype=dtype, sequence=scene.length, param_dtype=kept, arrange=arrange)
     made.fill(lambda name, box: first_value(name, box.whole, config.n_layers, SEED)[box.index])
     return made
 
@@ -207,6 +217,8 @@ class Verdict:
     """Bytes that the ranks sent in a step, by axis, summed over ranks."""
     expected: dict[str, float]
     """The same by the formulas."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Of what they sent of states, how much went over which links, where the layout names levels."""
 
     @property
     def equal(self) -> bool:
@@ -227,7 +239,10 @@ def rehearse(scene: Scene) -> Verdict:
     work = scene.work(value_bytes=8)
     sent: dict[str, float] = {}
     expected: dict[str, float] = {}
+    levels = dict.fromkeys(level_names(scene.layout), 0.0) if scene.layout.state is not None else {}
     for rank, seen in enumerate(found):
+        for level, size in seen.by_level(scene.layout, rank, STEPS).items():
+            levels[level] += size
         for axis, size in seen.sent(STEPS).items():
             if axis not in UNPLANNED:
                 sent[axis] = sent.get(axis, 0.0) + size
@@ -235,7 +250,7 @@ def rehearse(scene: Scene) -> Verdict:
             expected[axis] = expected.get(axis, 0.0) + size
     worst, missing = differences(found, want)
     loss = max(abs(a / b - 1) for seen in found for a, b in zip(seen.losses, want.losses, strict=True))
-    return Verdict(loss=loss, gradient=worst, missing=missing, sent=sent, expected=expected)
+    return Verdict(loss=loss, gradient=worst, missing=missing, sent=sent, expected=expected, levels=levels)
 
 
 def differences(found: list[Seen], want: Seen) -> tuple[float, tuple[str, ...]]:
@@ -324,7 +339,13 @@ MOST_MICRO_BATCHES = 16
 def reduce_degrees(layout: Layout, most: int) -> tuple[Layout, list[str]]:
     """The layout on at most `most` ranks: degrees above 2 become 2, those first of which most is left."""
     said = []
-    for axis in ("dp_replicate", "dp_shard", "cp", "tp", "pp"):
+    if layout.state is not None and layout.ranks > most:
+        ranks, cp = layout.size("fsdp"), min(layout.cp, 2)
+        state, fewer = states.smaller(layout.state, ranks)
+        layout = dataclasses.replace(layout, dp_shard=fewer // cp, cp=cp, state=state)
+        said.append(f"dp_shard x cp: {ranks} -> {fewer}, in the same steps")
+    axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp") if layout.state is None else ("tp", "pp")
+    for axis in axes:
         size = layout.size(axis)
         if layout.ranks > most and size > 2:
             smaller: dict[str, Any] = {axis: 2, "split": None if axis == "pp" else layout.split}
@@ -367,6 +388,9 @@ def described(layout: Layout) -> str:
     found = [f"{axis} {layout.size(axis)}" for axis in AXES if layout.size(axis) > 1]
     if layout.sequence_parallel:
         found.append("sequence parallel")
+    if layout.state is not None:
+        shared = ", ".join(f"{name} {layout.state.degree(name, layout.size('fsdp'))}" for name in states.DEGREES)
+        found.append(f"shared by: {shared}")
     if layout.cp > 1:
         found.append(f"{layout.context} over {layout.order} tokens")
     if layout.pp > 1:

@@ -1,0 +1,66 @@
+"""What a rank holds of weights, gradients and optimizer state, in bytes, from settings alone.
+
+weights     its part of the model, float32; beside masters, in the type that they are used in
+gradients   the same, of what is trained; beside masters, the sums that stay and the masters' own, where finer
+optimizer   what the optimizer says of the parts that it steps, and the masters
+copy        of the blocks' weights, which forward passes leave for backward passes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lmworks.model.sizes import Shape
+from lmworks.parallel.layout import Layout
+from lmworks.parallel.traffic import Degree, portions, summed
+
+WEIGHT = 4
+"""Bytes of a weight, of its gradient, and of a logit in the loss."""
+
+
+class Stepping(Protocol):
+    """An optimizer's settings, as far as they are asked here."""
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bytes of its state for parameters of these shapes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copy: int
+
+
+def holdings(shape: Shape, layout: Layout, rank: int, *, sequence: int, value: int, optimizer: Stepping) -> Holdings:
+    """Of a rank of a settled layout. `value`: bytes of a value as it is computed with; `sequence`: tokens of a row."""
+
+    def held(degree: Degree) -> dict[str, tuple[int, ...]]:
+        return portions(shape, layout, rank, sequence=sequence, degree=degree)
+
+    parts = held("weights")
+    trained = {name: part for name, part in held("optimizer").items() if not name.endswith("expert_bias")}
+    weights, stepped = (WEIGHT * _values(found.values()) for found in (parts, trained))
+    gradients, state = stepped, optimizer.state_bytes(trained)
+    if layout.masters:
+        gradients = WEIGHT * summed(shape, layout, rank, sequence=sequence)
+        gradients += stepped if layout.size("optimizer") > 1 else 0
+        state += stepped
+    if layout.narrow_weights:
+        weights -= (WEIGHT - value) * _values(parts[name] for name in trained)
+    copy = 0
+    if layout.state is not None and layout.state.secondary is not None:
+        of_blocks = _values(part for name, part in parts.items() if name.startswith("blocks."))
+        copy = value * of_blocks * layout.size("weights") // layout.state.secondary
+    return Holdings(weights=weights, gradients=gradients, optimizer=state, copy=copy)
+
+
+def _values(shapes: Iterable[Sequence[int]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
