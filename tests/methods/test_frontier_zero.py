@@ -18,6 +18,7 @@ from lmworks.model.checkpoint import complete
 from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.state import StatePlacement
+from lmworks.train import rehearse
 from lmworks.train.build import settle
 from tests.train import ranked
 
@@ -72,9 +73,12 @@ def test_alone_it_is_one_rank() -> None:
     [(12, ["layout.node=8"], 4), (3, [], 3), (6, ["layout.pair=4", "layout.node=8"], 6)],
 )
 def test_uneven_nodes_share_inside_of_them_and_say_so(ranks: int, sets: list[str], shared: int) -> None:
-    with pytest.warns(UserWarning, match=f"{ranks} ranks do not make pairs .* groups of {shared} share all states"):
-        found = settle(recipe(*sets), ranks).layout
-    assert found == Layout(dp_replicate=ranks // shared, dp_shard=shared)
+    asked = recipe(*sets)
+    assert settle(asked, ranks).layout == Layout(dp_replicate=ranks // shared, dp_shard=shared)
+    (note,) = asked.layout.notes(ranks, asked)
+    assert f"{ranks} ranks do not make pairs of" in note
+    assert f"hsdp, in {ranks // shared} groups of {shared} ranks" in note
+    assert asked.layout.notes(16, asked) == []
 
 
 @pytest.mark.parametrize(
@@ -227,3 +231,15 @@ def test_a_run_on_four_ranks_is_near_that_of_one_and_goes_on_where_it_was(
     notes = gang.run(ranked.train, 4, plain, str(tmp_path / "four"), str(middle))
     assert any("going on from step 5" in note for note in notes[0])
     assert ranked.losses(tmp_path / "four") == whole
+
+
+@pytest.mark.ranks
+def test_a_rehearsal_sends_plain_values_and_says_so() -> None:
+    """Sixteen ranks, rehearsed on eight: two nodes of two pairs."""
+    asked = recipe("layout.secondary=node", "layout.weights_as=int8")
+    scene, said = rehearse.small(asked, settle(asked, 16).layout, most=8)
+    assert any("int8, int4 -> plain" in line for line in said)
+    assert scene.layout == Layout(dp_shard=8, state=StatePlacement(weights=2, gradients=4, levels=(2, 4)))
+    verdict = rehearse.rehearse(scene)
+    assert verdict.equal
+    assert verdict.billed

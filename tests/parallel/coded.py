@@ -10,9 +10,11 @@ import torch
 
 from lmworks.maths.blockwise import CODES, Runs
 from lmworks.parallel import world
+from lmworks.parallel.comms import SecondCopy
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.quantised import Missed, Route, gather
 from lmworks.parallel.wire import Wire, reduce_scatter_into
+from lmworks.train import rehearse
 
 Bills = dict[tuple[str, str], float]
 
@@ -112,3 +114,21 @@ def gathers(rank: int, ranks: int, code: str, runs: Runs, dtype: str) -> tuple[A
     gather(out_N, part_n, "cp", CODES[code], runs, wire)
     assert part_n.equal(before_n)
     return out_N.float().numpy(), part_n.float().numpy(), {key: bill.bytes for key, bill in wire.bills.items()}
+
+
+def held(rank: int, scenes: list[rehearse.Scene]) -> list[tuple[int, int]]:
+    """Of a step of each scene, the bytes of second copies and of what is fed back, read off the collectives."""
+    found = []
+    for scene in scenes:
+        made = rehearse.placed(rank, scene, torch.float32)
+        rehearse.stepping(made, scene)()
+        copies, routes = 0, [bucket.begin.__self__ for bucket in getattr(made.ladder, "_buckets", ())]
+        for module in made.chunks[0].modules():
+            if hasattr(module, "_get_fsdp_state"):
+                group = module._get_fsdp_state()._fsdp_param_group
+                if isinstance(group._all_gather_comm, SecondCopy):
+                    kept = group._all_gather_comm.kept
+                    copies += kept.codes_RN.nbytes + kept.scale_RK.nbytes
+                routes.append(group._reduce_scatter_comm.route)
+        found.append((copies, sum(route.missed.nbytes for route in routes if isinstance(route, Route))))
+    return found

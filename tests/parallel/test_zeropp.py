@@ -37,8 +37,11 @@ def test_alone_it_is_one_rank() -> None:
 
 
 def test_zero_plus_plus_on_uneven_nodes_says_so_too() -> None:
-    with pytest.warns(UserWarning, match="12 ranks do not make nodes of 8: groups of 4"):
-        assert settle(plus(), 12).layout == Layout(dp_replicate=3, dp_shard=4)
+    asked = plus()
+    assert settle(asked, 12).layout == Layout(dp_replicate=3, dp_shard=4)
+    (note,) = asked.layout.notes(12, asked)
+    assert "12 ranks do not make nodes of 8; this is hsdp, in 3 groups of 4 ranks" in note
+    assert asked.layout.notes(16, asked) == []
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,22 @@ def smaller(state: StatePlacement, ranks: int) -> tuple[StatePlacement, int]:
     return found, small[ranks]
 
 
+def unrounded(state: StatePlacement, ranks: int) -> StatePlacement:
+    """The placement with everything sent plain; a second copy that can only be int8 is left out."""
+    copy, shared = state.secondary, state.degree("weights", ranks)
+    if copy is not None and (copy >= shared or shared % copy):
+        copy = None
+    return dataclasses.replace(
+        state,
+        weights_as="plain",
+        secondary_as="plain",
+        gradients_as="plain",
+        secondary=copy,
+        block=BLOCK,
+        feedback=0.0,
+    )
+
+
 def problems(state: StatePlacement, layout: Any) -> Iterator[Problem]:
     """What is wrong with a placement of states in its layout, with paths relative to the placement."""
     ranks = layout.size("fsdp") if layout.settled else None

@@ -7,7 +7,6 @@ weights ZeRO-3 sends 3 M over the network for every micro-batch; with all three 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
@@ -58,8 +57,8 @@ class ZeroPlusPlus(Arrangement):
         """The plain layout."""
         if world == 1:
             return Layout(dp_shard=1)
-        if world > self.node and world % self.node:
-            return whole_nodes(world, self.node, why=f"nodes of {self.node}")
+        if self._uneven(world):
+            return whole_nodes(world, self.node)
         several = 1 < self.node < world
         state = StatePlacement(
             levels=(self.node,) if several else (),
@@ -71,12 +70,24 @@ class ZeroPlusPlus(Arrangement):
         )
         return Layout(dp_shard=world, state=state)
 
+    def notes(self, world: int, recipe: Any) -> list[str]:
+        """What uneven nodes make of it."""
+        return [note_of(whole_nodes(world, self.node), why=f"nodes of {self.node}")] if self._uneven(world) else []
 
-def whole_nodes(world: int, node: int, *, why: str) -> Layout:
+    def _uneven(self, world: int) -> bool:
+        return world > self.node and world % self.node > 0
+
+
+def whole_nodes(world: int, node: int) -> Layout:
     """HSDP for ranks that do not make whole nodes: groups that share all states, the largest of one size that lie in
-    one node each. Warns."""
+    one node each."""
     shared = world if world < node else math.gcd(world, node)
-    alike = f"groups of {shared} share all states, and {world // shared} of them are alike (HSDP)"
-    text = f"{world} ranks do not make {why}: {alike}"
-    warnings.warn(text, stacklevel=3)
     return Layout(dp_replicate=world // shared, dp_shard=shared)
+
+
+def note_of(layout: Layout, *, why: str) -> str:
+    """What people should know of such a layout; `why`: what the ranks do not make."""
+    groups = f"{layout.ranks // layout.size('dp_shard')} groups of {layout.size('dp_shard')} ranks"
+    return (
+        f"layout: {layout.ranks} ranks do not make {why}; this is hsdp, in {groups} that share one copy of the weights"
+    )

@@ -29,7 +29,8 @@ with all ranks, as ZeRO-3 does, and has ZeRO++'s three switches.
     s = max |x| / 127 (int8) or / 7 (int4),     code = round(x / s),     |x - s code| <= s / 2
 
 On normal values the error is 0.7 % (int8) and 13 % (int4) of root mean square; 0.8 and 15 % with blocks of 2048. So
-weights travel as int8, gradients as int4, and sums are float32. A block of zeros is exact; one with a NaN comes out as NaN and stops the step on all ranks.
+weights travel as int8, gradients as int4, and sums are float32. A block of zeros is exact; one with a NaN comes out as
+NaN and stops the step on all ranks.
 
 **ZeRO++**, against ZeRO-3's 3 M over the network for every micro-batch:
 
@@ -77,7 +78,8 @@ it is added to what is coded next.
   the bound. A model that is above `memory_gib` is refused with the sum, and `pair` twice as large is named.
 - ZeRO++ where weights do not fit so, or with one micro-batch a step.
 - Neither inside one node, or where the network is as fast as the links of a node: codes cost time and rounding.
-- `lmworks rehearse RECIPE --ranks 8` holds the bytes of every axis against the formulas.
+- `lmworks rehearse RECIPE --ranks 8` holds the layout against one process, with everything sent plain, and its bytes
+  against the formulas.
 
 ## Differences
 
@@ -103,7 +105,7 @@ it is added to what is coded next.
 - What error feedback remembers is not in checkpoints: a resumed run begins with none, so it is not bitwise the
   unbroken one. It takes a byte for every value that a hop sends, beside the gradients.
 - Pairs, nodes and ranks must divide each other. Where nodes are uneven the run falls back to ranks that share all
-  states in groups that nodes hold whole (HSDP), with a warning, and never to sharing among all.
+  states in groups that nodes hold whole (HSDP), which a note tells, and never to sharing among all.
 - Ranks are data-parallel only; with tp, cp or a pipeline, write the `state` into a plain layout.
 """
 
@@ -117,7 +119,7 @@ from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat, PositiveInt
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import BLOCK, StatePlacement
-from lmworks.parallel.zeropp import whole_nodes
+from lmworks.parallel.zeropp import note_of, whole_nodes
 
 
 @final
@@ -165,9 +167,9 @@ class FrontierZero(Arrangement):
         """The plain layout. Raises RecipeError where a rank's state is above `memory_gib`."""
         if world == 1:
             return Layout(dp_shard=1)
+        if self._uneven(world):
+            return whole_nodes(world, self.node)
         node = min(self.node, world)
-        if world % node or node % self.pair:
-            return whole_nodes(world, self.node, why=f"pairs of {self.pair} in nodes of {self.node}")
         second = {None: None, "pair": self.pair, "node": node}[self.secondary]
         self._fits(world, node, second, recipe)
         state = StatePlacement(
@@ -182,6 +184,15 @@ class FrontierZero(Arrangement):
             feedback=self.feedback,
         )
         return Layout(dp_shard=world, state=state)
+
+    def notes(self, world: int, recipe: Any) -> list[str]:
+        """What uneven nodes make of it."""
+        why = f"pairs of {self.pair} in nodes of {self.node}"
+        return [note_of(whole_nodes(world, self.node), why=why)] if self._uneven(world) else []
+
+    def _uneven(self, world: int) -> bool:
+        node = min(self.node, world)
+        return world > 1 and (world % node > 0 or node % self.pair > 0)
 
     def _fits(self, world: int, node: int, second: int | None, recipe: Any) -> None:
         """The bound of the method: a pair holds all weights."""
