@@ -35,6 +35,12 @@ def test_what_goes_to_all_is_spread_over_the_levels_of_all_others() -> None:
     assert by_level(layout, 5, {("weights", "all-to-all int4"): 7.0}) == [1.0, 2.0, 4.0]
 
 
+def test_hops_stay_on_their_sides_of_a_node() -> None:
+    layout = Layout(dp_shard=8, state=StatePlacement(levels=(2, 4), gradients_as="int4"))
+    assert by_level(layout, 5, {("weights/inside", "all-to-all int4"): 6.0}) == [2.0, 4.0, 0.0]
+    assert by_level(layout, 5, {("weights/across", "all-to-all int4"): 6.0}) == [0.0, 0.0, 6.0]
+
+
 def test_axes_of_no_state_are_left_out() -> None:
     assert by_level(TOPO, 0, {("tp", "all-reduce"): 5.0, ("world", "all-reduce"): 5.0}) == [0.0, 0.0, 0.0]
 

@@ -55,6 +55,34 @@ def test_lines_of_a_state_cover_all_ranks_once_and_leave_other_axes_alone(layout
             assert len({layout.place(rank, other) for rank in line}) == 1, other
 
 
+@pytest.mark.parametrize(
+    ("degrees", "levels", "axis", "sizes"),
+    [
+        ({}, (2, 8), "weights", (8, 2)),
+        ({}, (4,), "weights", (4, 4)),
+        ({}, (), "weights", (16,)),
+        ({}, (16,), "weights", (16,)),
+        ({"weights": 2, "gradients": 8}, (2, 8), "weights", (2,)),
+        ({"weights": 2, "gradients": 8}, (2, 8), "gradients", (4,)),
+        ({"weights": 2}, (2, 8), "gradients", (4, 2)),
+    ],
+)
+def test_sums_of_codes_go_inside_the_largest_level_first(
+    degrees: dict[str, int], levels: tuple[int, ...], axis: str, sizes: tuple[int, ...]
+) -> None:
+    """16 ranks; the two hops of an axis make up its place, neighbours first."""
+    layout = Layout(dp_shard=16, state=StatePlacement(levels=levels, gradients_as="int4", **degrees))
+    assert layout.state is not None
+    hops = layout.state.hops(axis, 16)
+    assert tuple(layout.size(hop) for hop in hops) == sizes
+    assert set(hops) <= set(layout.state.axes(16))
+    for rank in range(16):
+        first, *later = (layout.place(rank, hop) for hop in hops)
+        assert first + sum(place * sizes[0] for place in later) == layout.place(rank, axis)
+    for hop in hops:
+        assert sorted(rank for line in lines(layout, hop) for rank in line) == list(range(16))
+
+
 @pytest.mark.parametrize(("pair", "level"), [((0, 1), 0), ((1, 2), 1), ((0, 7), 1), ((7, 8), 2), ((0, 15), 2)])
 def test_a_level_is_the_fastest_link_that_joins_two_places(pair: tuple[int, int], level: int) -> None:
     assert StatePlacement(levels=(2, 8)).level(*pair) == level

@@ -103,6 +103,8 @@ SLOTS: dict[str, Shelf] = {
             "zero": Part("parallel.zero:Zero", "weights, gradients and optimizer state shared as a known stage says"),
             "tokenring": Part("methods.tokenring:TokenRing", "rows divided among ranks that pass queries round"),
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
+            "frontier-zero": Part("methods.frontier_zero:FrontierZero", "states shared by pair, node and all ranks"),
+            "zero++": Part("parallel.zeropp:ZeroPlusPlus", "ZeRO-3 that sends int8 weights and int4 gradients"),
             "megatron": Part("methods.megatron:Megatron", "least tensor and pipeline parallelism that fits in memory"),
         },
         default="ranks",

@@ -145,6 +145,7 @@ METHODS: dict[str, Method] = {
         2025,
         "shard states along the bandwidth ladder of the cluster",
         ("layout",),
+        "methods.frontier_zero",
     ),
     "geoground": Method(
         "GeoGround: A Unified Large Vision-Language Model for Remote Sensing Visual Grounding",

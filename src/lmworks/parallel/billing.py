@@ -13,7 +13,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from lmworks.parallel.wire import Wire, gather_into, reduce_scatter_into
 
 
-class _Billed:
+class Billed:
     """Memory as torch allocates it, and the wire that keeps the bill."""
 
     def __init__(self, wire: Wire, axis: str) -> None:
@@ -25,7 +25,7 @@ class _Billed:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class BilledAllGather(_Billed, AllGather):
+class BilledAllGather(Billed, AllGather):
     """Weights, gathered in front of a block: from the ranks of the axis, or from fewer that share a second copy."""
 
     def __call__(
@@ -39,7 +39,7 @@ class BilledAllGather(_Billed, AllGather):
         return work
 
 
-class BilledReduceScatter(_Billed, ReduceScatter):
+class BilledReduceScatter(Billed, ReduceScatter):
     """Gradients, summed behind a block."""
 
     def __call__(

@@ -24,7 +24,7 @@ def shard(chunk: Backbone, wire: Wire, device: torch.device, dtype: torch.dtype,
     over = _mesh(layout, device)
     alone = {p for name, p in chunk.named_parameters() if name in apart or not p.requires_grad}
     reshard: bool | int = layout.reshard if layout.reshard is not None else layout.pp == 1
-    if layout.state is not None and layout.state.secondary is not None:
+    if layout.state is not None and layout.state.secondary is not None and layout.state.secondary_as == "plain":
         reshard = layout.state.secondary  # each forward pass leaves its parts among so many neighbours
     gathered = dtype if dtype.itemsize < 4 else None  # weights travel in the precision they are used in
     precision = MixedPrecisionPolicy(
@@ -33,12 +33,13 @@ def shard(chunk: Backbone, wire: Wire, device: torch.device, dtype: torch.dtype,
     for block in chunk.blocks.values():
         fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=reshard, ignored_params=alone)
     fully_shard(chunk, mesh=over, mp_policy=precision, reshard_after_forward=False, ignored_params=alone)
+    back = set() if reshard is False else set(chunk.blocks.values())  # what the backward pass gathers again
     for module in chunk.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_all_gather(travel.gather)
-            module.set_custom_reduce_scatter(travel.scatter)
+            module.set_custom_all_gather(travel.gather(module, module in back))
+            module.set_custom_reduce_scatter(travel.scatter(module))
             if layout.dp_replicate > 1:
                 module.set_all_reduce_hook(billed_all_reduce(wire))
 

@@ -4,6 +4,7 @@ weights     its part of the model, float32; beside masters, in the type that the
 gradients   the same, of what is trained; beside masters, the sums that stay and the masters' own, where finer
 optimizer   what the optimizer says of the parts that it steps, and the masters
 copy        of the blocks' weights, which forward passes leave for backward passes
+missed      of gradients, what is fed back: a byte and a share of a scale for each value that a hop sends
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from lmworks.model.sizes import Shape
 from lmworks.parallel.layout import Layout
+from lmworks.parallel.state import StatePlacement
 from lmworks.parallel.traffic import Degree, portions, summed
 
 WEIGHT = 4
@@ -37,6 +39,7 @@ class Holdings:
     gradients: int
     optimizer: int
     copy: int
+    missed: int
 
 
 def holdings(shape: Shape, layout: Layout, rank: int, *, sequence: int, value: int, optimizer: Stepping) -> Holdings:
@@ -55,11 +58,36 @@ def holdings(shape: Shape, layout: Layout, rank: int, *, sequence: int, value: i
         state += stepped
     if layout.narrow_weights:
         weights -= (WEIGHT - value) * _values(parts[name] for name in trained)
-    copy = 0
-    if layout.state is not None and layout.state.secondary is not None:
-        of_blocks = _values(part for name, part in parts.items() if name.startswith("blocks."))
-        copy = value * of_blocks * layout.size("weights") // layout.state.secondary
-    return Holdings(weights=weights, gradients=gradients, optimizer=state, copy=copy)
+    copy, missed = 0, 0
+    if layout.state is not None:
+        copy = _copy(layout, layout.state, parts, value)
+        missed = _missed(layout, layout.state, _values(parts[name] for name in trained))
+    return Holdings(weights=weights, gradients=gradients, optimizer=state, copy=copy, missed=missed)
+
+
+def _copy(layout: Layout, state: StatePlacement, parts: Mapping[str, Sequence[int]], value: int) -> int:
+    """Bytes of this rank's part of a second copy, plain or in codes."""
+    if state.secondary is None:
+        return 0
+    of_blocks = _values(part for name, part in parts.items() if name.startswith("blocks."))
+    kept = value if state.secondary_as == "plain" else _coded(state)
+    return int(kept * of_blocks * layout.size("weights") // state.secondary)
+
+
+def _missed(layout: Layout, state: StatePlacement, values: int) -> int:
+    """Bytes of what codes of gradients missed; `values`: of this rank's weights. A hop sends what the last one left."""
+    found, left = 0.0, values * layout.size("weights")
+    for axis in ("weights", "gradients") if state.feedback else ():
+        if layout.size(axis) > 1:
+            for hop in state.hops(axis, layout.size("fsdp")):
+                found += left * _coded(state)
+                left //= layout.size(hop)
+    return int(found)
+
+
+def _coded(state: StatePlacement) -> float:
+    """Bytes of a value in int8, with its share of a scale."""
+    return 1 + 4 / state.block
 
 
 def _values(shapes: Iterable[Sequence[int]]) -> int:

@@ -47,7 +47,7 @@ class Ladder:
         self.slices = slices
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[Tensor, int] = {}
-        for names in _bucketed(trained):
+        for names in bucketed({name: local(p).nbytes for name, p in trained.items()}):
             members = [(trained[name], self.masters[name], slices[name]) for name in names]
             self._bucket_of |= {trained[name]: len(self._buckets) for name in names}
             self._buckets.append(_Bucket(members, wire))
@@ -263,13 +263,13 @@ def _filled(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0, 0, rows - x.shape[0])) if rows > x.shape[0] else x
 
 
-def _bucketed(weights: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
-    """Names of weights that travel together, in about the order in which their gradients come."""
+def bucketed(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names of weights that travel together, given their bytes, in about the order in which their gradients come."""
     bucket: list[str] = []
     size = 0
-    for name in reversed(list(weights)):
+    for name in reversed(list(sizes)):
         bucket.append(name)
-        size += local(weights[name]).nbytes
+        size += sizes[name]
         if size >= BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0

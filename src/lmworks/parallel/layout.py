@@ -202,7 +202,7 @@ class Layout(Arrangement):
             return math.prod(self.size(part) for part in VIEWS[axis])
         if axis == "edp":
             return self.size("fsdp") // self.ep
-        if axis in STATE_AXES:
+        if axis.partition("/")[0] in STATE_AXES:
             assert self.state is not None, "asked of a layout with a placement of states"
             return self.state.size(axis, self.size("fsdp"))
         size = getattr(self, axis)
@@ -214,7 +214,7 @@ class Layout(Arrangement):
         if axis in ("ep", "edp"):
             here = self.place(rank, "fsdp")
             return here % self.ep if axis == "ep" else here // self.ep
-        if axis in STATE_AXES:
+        if axis.partition("/")[0] in STATE_AXES:
             assert self.state is not None, "asked of a layout with a placement of states"
             return self.state.place(axis, self.size("fsdp"), self.place(rank, "fsdp"))
         if axis in VIEWS:

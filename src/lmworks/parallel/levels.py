@@ -23,7 +23,7 @@ def by_level(layout: Layout, rank: int, sent: Mapping[tuple[str, str], float]) -
     assert layout.state is not None, "a layout with a placement of states"
     found = [0.0] * (len(layout.state.levels) + 1)
     for (axis, operation), size in sent.items():
-        if axis in STATE_AXES and layout.size(axis) > 1:
+        if axis.partition("/")[0] in STATE_AXES and layout.size(axis) > 1:
             to = _receivers(layout, rank, axis, all_others=operation.startswith(TO_ALL))
             for other in to:
                 found[layout.state.level(layout.place(rank, "fsdp"), other)] += size / len(to)

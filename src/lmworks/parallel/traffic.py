@@ -19,7 +19,7 @@ used, both of this rank's part of the coarser state:
     optimizer   f s and f w, once
     copies      2 f s, once
 
-In a pipeline every micro-batch's sums are made once, with the last one.
+In a pipeline every micro-batch's sums are made once, with the last one. What travels as codes `parcels.py` counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmworks.model.sizes import BlockSizes, Shape
+from lmworks.parallel.ladder import bucketed
 from lmworks.parallel.layout import Layout
+from lmworks.parallel.parcels import Parcels
 from lmworks.parallel.pipeline import held_by, holder, split
 from lmworks.parallel.shard import Slice, part_of, shares, slice_of
 from lmworks.parallel.state import STATE_AXES, StatePlacement
@@ -302,26 +304,68 @@ class _Part:
         reshard = layout.reshard if layout.reshard is not None else layout.pp == 1
         again = reshard and state.secondary is None
         up = used if layout.narrow_weights else work.weight_bytes
-        sent = {
-            "weights": f["weights"] * times * (used * (whole + again * blocks) + work.weight_bytes * whole),
-            "secondary": f["secondary"] * times * used * blocks if state.secondary is not None else 0.0,
-            "copies": 2 * f["copies"] * work.weight_bytes * (fine / layout.size("optimizer")),
-        }
+        sent: dict[str, float] = defaultdict(float)
+        sent["weights"] = f["weights"] * times * used * (whole + again * blocks)
+        sent["secondary"] = f["secondary"] * times * used * blocks if state.secondary is not None else 0.0
+        sent["copies"] = 2 * f["copies"] * work.weight_bytes * (fine / layout.size("optimizer"))
+        sums_of = {"weights": f["weights"] * times * work.weight_bytes * whole}
         if layout.masters:
-            sent["gradients"] = f["gradients"] * sums * (times * work.weight_bytes + up)
+            sums_of["gradients"] = f["gradients"] * times * work.weight_bytes * sums
+            sent["gradients"] = f["gradients"] * up * sums
             sent["optimizer"] = f["optimizer"] * fine * (work.weight_bytes + up)
+        self._coded(state, sent, sums_of, times=times, again=again, held=up)
+        for axis, size in sums_of.items():
+            sent[axis] += size
         return sent
+
+    def _coded(
+        self,
+        state: StatePlacement,
+        sent: dict[str, float],
+        sums_of: dict[str, float],
+        *,
+        times: int,
+        again: bool,
+        held: int,
+    ) -> None:
+        """Put what travels as codes in the place of what would be sent plain. `held`: bytes of a weight."""
+        units: dict[str, list[int]] = defaultdict(list)
+        sizes = {name: math.prod(self.portion(name)) * held for name in self._trained()}
+        for name in sizes:
+            chunk = part_of(self.local(name)[0], self.layout.size("weights"), 0).chunk
+            units[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""].append(chunk * self._row(name))
+        parcels, blocks = Parcels(layout=self.layout, state=state), [u for unit, u in units.items() if unit]
+        if state.weights_as != "plain":
+            sent["weights"] = times * (parcels.gathered(list(units.values())) + again * parcels.gathered(blocks))
+        if state.secondary_as != "plain":
+            sent["secondary"] = times * parcels.copied(blocks)
+        if state.gradients_as != "plain":
+            rows = {
+                "weights": list(units.values()),
+                "gradients": [
+                    [self._slice(name).gradients.chunk * self._row(name) for name in names] for names in bucketed(sizes)
+                ],
+            }
+            for axis in list(sums_of):
+                del sums_of[axis]
+                if self.layout.size(axis) > 1:
+                    sums_of |= {hop: times * size for hop, size in parcels.summed(axis, rows[axis]).items()}
+
+    def _trained(self) -> list[str]:
+        """The parameters of this stage that a placement of states divides."""
+        return [name for name in self.names() if not name.endswith("expert_bias")]
+
+    def _row(self, name: str) -> int:
+        """Values of a row."""
+        return math.prod(self.local(name)[1:])
 
     def divided(self) -> tuple[int, int, int, int]:
         """Values, with the rows that fill chunks up, of the blocks' weights; of all weights; of this rank's part of
         them, as the ranks of gradients share it; and of its part of those, as the ranks of optimizer do."""
         weights, gradients, optimizer = (self.layout.size(axis) for axis in ("weights", "gradients", "optimizer"))
         blocks = whole = sums = fine = 0
-        for name in self.names():
-            if name.endswith("expert_bias"):
-                continue
-            lies, (first, *rest) = self._slice(name), self.local(name)
-            row = math.prod(rest)
+        for name in self._trained():
+            lies, first, row = self._slice(name), self.local(name)[0], self._row(name)
             values = part_of(first, weights, 0).chunk * weights * row
             whole += values
             blocks += values if name.startswith("blocks.") else 0

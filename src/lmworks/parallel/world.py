@@ -94,7 +94,7 @@ def wire(layout: Layout, place: Seat) -> Wire:
     """The groups of every axis and view that this rank is in. All ranks call it together."""
     groups: dict[str, Group] = {}
     if layout.ranks > 1:
-        more = STATE_AXES if layout.state is not None else ()
+        more = layout.state.axes(layout.size("fsdp")) if layout.state is not None else ()
         for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp", *more):
             if layout.size(name) > 1:
                 groups[name] = _group(layout, name)
@@ -120,7 +120,7 @@ def _stride(layout: Layout, axis: str) -> int:
     """How far apart neighbours along an axis are."""
     if axis in ("ep", "edp"):
         return layout.tp * (layout.ep if axis == "edp" else 1)
-    if layout.state is not None and axis in STATE_AXES:
+    if layout.state is not None and axis.partition("/")[0] in STATE_AXES:
         return layout.tp * layout.state.stride(axis, layout.size("fsdp"))
     names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp"}
     last = AXES.index(names.get(axis, axis))

@@ -6,7 +6,7 @@
     saved       what waits for the backward pass, at its peak: blocks by their policy, and what is saved around them
     logits      one chunk of them, and its gradient
     workspace   all else that the allocator had: results on their way, gathered weights, communication; a rule of thumb
-                beforehand: twice what a block saves, and the second copy of a placement of states
+                beforehand: twice what a block saves, and of a placement of states the second copy and what is fed back
 
 `saved` is told for the forms that a CPU runs and for the plain ones of a GPU; the scores of a CPU's tiles by the mean
 length of documents, or, before they were read, as if each filled its row. What compiled blocks keep, the compiler
@@ -93,7 +93,7 @@ def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int, document
         optimizer=held.optimizer,
         saved=_saved(recipe, layout, rank, work),
         logits=rows * math.ceil(vocabulary / layout.tp) * (work.value + WEIGHT) if with_head else 0,
-        workspace=2 * max(blocks) + held.copy,
+        workspace=2 * max(blocks) + held.copy + held.missed,
     )
 
 

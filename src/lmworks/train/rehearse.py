@@ -311,6 +311,9 @@ VOCABULARY = 257
 def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     """The scene of a recipe under a settled layout, on at most `most` ranks; and what was made smaller, in words."""
     reduced, said = reduce_degrees(layout, most)
+    if reduced.state is not None and (plain := states.unrounded(reduced.state, reduced.size("fsdp"))) != reduced.state:
+        reduced = dataclasses.replace(reduced, state=plain)
+        said.append("int8, int4 -> plain: what rounding changes would hide what the layout changes")
     length = 16 * reduced.cp * reduced.tp
     shape = getattr(recipe.model, "shape", recipe.model)
     model = shrink(shape, reduced, length=length, sequence=recipe.data.sequence_length)
