@@ -34,6 +34,7 @@ from lmworks.parallel import experts, tensor
 from lmworks.parallel.billing import BilledAllGather, BilledReduceScatter, billed_all_reduce
 from lmworks.parallel.context import Context
 from lmworks.parallel.pipeline import Pipeline, held_by, split
+from lmworks.parallel.pool import Pool
 from lmworks.parallel.replicas import Replicas
 from lmworks.parallel.shard import Cut, boxes, divide, local
 from lmworks.parallel.wire import Wire, alone
@@ -332,7 +333,9 @@ def place(
         divide(chunk, own)
         tensor.connect(chunk, own, wire, tokens_divided=layout.sequence_parallel)
         experts.connect(chunk, wire)
-        if layout.cp > 1:
+        if layout.servers is not None and layout.size("attention") > 1:
+            chunk.reach, chunk.in_turns = Pool(wire, config.blocks()[0]), layout.servers.ping_pong is not False
+        elif layout.cp > 1:
             chunk.reach = Context(wire)
         arrange(chunk)
         chunks.append(chunk)

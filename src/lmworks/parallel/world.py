@@ -93,7 +93,8 @@ def wire(layout: Layout, place: Seat) -> Wire:
     """The groups of every axis and view that this rank is in. All ranks call it together."""
     groups: dict[str, Group] = {}
     if layout.ranks > 1:
-        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp"):
+        served = ("attention",) if layout.servers is not None else ()  # a group of its own: beside all else
+        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp", *served):
             if layout.size(name) > 1:
                 groups[name] = _group(layout, name)
         everyone = dist.group.WORLD
@@ -118,7 +119,7 @@ def _stride(layout: Layout, axis: str) -> int:
     """How far apart neighbours along an axis are."""
     if axis in ("ep", "edp"):
         return layout.tp * (layout.ep if axis == "edp" else 1)
-    names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp"}
+    names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp", "attention": "cp"}
     last = AXES.index(names.get(axis, axis))
     stride = 1
     for name in AXES[last + 1 :]:

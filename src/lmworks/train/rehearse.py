@@ -43,8 +43,9 @@ Values = NDArray[np.floating[Any]]
 SEED = 3
 STEPS = 3
 """Of a rehearsal: one would not show an update that went wrong."""
-UNPLANNED = ("world", "batch", "loss", "ep")
-"""Counts, the loss, the norm and experts' loads are a few numbers; what ep sends hangs on what tokens choose."""
+UNPLANNED = ("world", "batch", "loss", "ep", "attention")
+"""Counts, the loss, the norm and experts' loads are a few numbers; what ep sends hangs on what tokens choose, and what
+servers of attention send on the documents of a row."""
 EQUAL = 1e-9
 """Relative difference below which float64 results of another order of additions are equal."""
 
@@ -367,8 +368,11 @@ def described(layout: Layout) -> str:
     found = [f"{axis} {layout.size(axis)}" for axis in AXES if layout.size(axis) > 1]
     if layout.sequence_parallel:
         found.append("sequence parallel")
+    if layout.servers is not None:
+        found.append("attention served by all ranks")
     if layout.cp > 1:
-        found.append(f"{layout.context} over {layout.order} tokens")
+        engine = f"{layout.context} over " if layout.servers is None else ""
+        found.append(f"{engine}{layout.order} tokens")
     if layout.pp > 1:
         found.append(f"{layout.schedule}, {layout.held} stages a rank" if layout.held > 1 else layout.schedule)
     return ", ".join(found) or "one rank"
