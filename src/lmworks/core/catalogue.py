@@ -101,6 +101,7 @@ SLOTS: dict[str, Shelf] = {
         {
             "ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor"),
             "tokenring": Part("methods.tokenring:TokenRing", "rows divided among ranks that pass queries round"),
+            "distca": Part("methods.distca:DistCA", "rows on ranks that compute each other's attention"),
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
             "megatron": Part("methods.megatron:Megatron", "least tensor and pipeline parallelism that fits in memory"),
         },
