@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
-from lmworks.methods.distca import document_bytes, hidden_shards, linear_flops
+from lmworks.methods.distca import document_bytes, hidden_shards
 from lmworks.model.checkpoint import complete
-from lmworks.model.decoder import DecoderConfig
 from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.servers import Servers
@@ -98,12 +97,6 @@ def test_bytes_of_a_document_in_equal_shards_are_those_of_its_plan(shards: int, 
     tasks = [(0, i * tile, (i + 1) * tile, i + 1) for i in range(shards)]
     plan = arranged([Piece(0, 0, length, 0, 0)], tasks, shards + 1)
     assert sum(map(sum, plan.dispatch_bytes(sizes))) == pytest.approx(document_bytes(length, shards, sizes))
-
-
-def test_linear_work_of_a_block_by_hand() -> None:
-    """Queries and output 32 x 32, keys and values 16 x 32, three FFN matrices of 48 x 32."""
-    model = DecoderConfig(vocab_size=257, n_layers=2, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=48, tied=True)
-    assert linear_flops(model) == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
 
 
 @pytest.mark.ranks

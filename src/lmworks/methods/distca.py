@@ -81,7 +81,7 @@ from typing import Any, Literal, final
 
 from lmworks.core.errors import LmworksError, Problem
 from lmworks.core.recipe import NonNegativeFloat, PositiveFloat, PositiveInt
-from lmworks.model.sizes import active_values
+from lmworks.model.sizes import linear_flops
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.servers import Servers
 from lmworks.parallel.tasks import Sizes
@@ -143,7 +143,7 @@ class DistCA(Arrangement):
         value_bytes = 4 if recipe.precision == "fp32" else 2
         heads, groups = (max(of) // self.tp for of in zip(*((b.n_heads, b.n_kv_heads) for b in blocks), strict=True))
         sizes = Sizes.of(heads, groups, blocks[0].head_dim, value_bytes)
-        seconds = linear_flops(recipe.model) / self.tp / rate
+        seconds = linear_flops(getattr(recipe.model, "shape", recipe.model)) / self.tp / rate
         shards = hidden_shards(seconds, link, sizes)
         if shards < 2:
             enough = (3 * sizes.keys / 2 + sizes.query) / seconds
@@ -156,17 +156,6 @@ class DistCA(Arrangement):
         ranks that cannot be arranged so."""
         plain = Layout(pp=self.pp, dp_shard=self.dp_shard, cp=self.cp, tp=self.tp).settle(world)
         return plain if plain.size("attention") == 1 else replace(plain, servers=self.servers)
-
-
-def linear_flops(model: Any) -> float:
-    """Forward FLOPs of one token in one block, attention's two products apart; the mean of all blocks."""
-    blocks = model.blocks()
-    values = sum(
-        active_values(name, shape, blocks)
-        for name, shape in model.shapes()
-        if name.startswith("blocks.") and len(shape) >= 2
-    )
-    return 2.0 * values / len(blocks)
 
 
 def document_bytes(length: int, shards: int, sizes: Sizes) -> float:
