@@ -67,8 +67,8 @@ refused.
 - Causal attention of packed documents only: no sliding windows.
 - On GPUs, see `layout.servers` for which kernel serves a task; no step of this has been timed on several GPUs.
 - The planner looks at pairs. A shard of fewer queries than a kernel's tile costs more than its pairs say.
-- Planning takes milliseconds for hundreds of documents, and a large part of a second for thousands, on one core, in
-  every micro-batch.
+- Every rank plans every micro-batch on its CPU while its device waits: milliseconds for hundreds of documents, more for
+  thousands, and for `order = "striped"`, whose runs are single tokens.
 - The queries of a document may be cut, the keys of a task not: one very long document can bring all its keys to one
   server.
 """

@@ -15,10 +15,11 @@ pairs: exact whole numbers, the same in sum for every plan. No torch here, and n
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple, final
 
 from lmworks.core.errors import UsageError
@@ -232,11 +233,12 @@ def _by_document(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
 
 
 def _cut(pieces: Sequence[Piece], start: int, stop: int, server: int) -> Iterator[Move]:
-    """Tokens [start, stop) by the pieces of their document."""
-    for piece in pieces:
+    """Tokens [start, stop) by the pieces of their document, which are in order."""
+    for piece in islice(pieces, bisect_right(pieces, start, key=lambda piece: piece.stop), None):
+        if piece.start >= stop:
+            return
         first, last = max(start, piece.start), min(stop, piece.stop)
-        if first < last:
-            yield Move(piece.document, first, last, piece.rank, piece.offset + first - piece.start, server)
+        yield Move(piece.document, first, last, piece.rank, piece.offset + first - piece.start, server)
 
 
 def _sent(moves: Iterable[Move], ranks: int) -> tuple[tuple[int, ...], ...]:
