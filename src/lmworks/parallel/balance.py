@@ -158,7 +158,7 @@ class _State:
             self.pieces.setdefault(piece.document, []).append(piece)
         self.items: list[list[Item]] = [[] for _ in range(ranks)]
         self.known: dict[tuple[int, int], int] = {}
-        """Keys that a server needs of a document anyway, from the first on: by (server, document)."""
+        """Keys that a server needs, or once needed, of a document, from the first on: by (server, document)."""
         for document, own in self.pieces.items():
             for item in _items(document, self.lengths[document], own):
                 self._put(item)

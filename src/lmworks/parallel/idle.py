@@ -42,7 +42,7 @@ class Setting:
     """Tokens that `by-work` may lay on a rank, over those of plain rows."""
     turns: Turns = "in-block"
     activation_bytes: float = 0.0
-    """That a rank keeps of a token and a block for the backward pass."""
+    """That a rank keeps of a token and a block for the backward pass; 0: no more than its keys and values."""
 
 
 @final
@@ -136,8 +136,9 @@ def _by_document(step: Sequence[Sequence[Row]], setting: Setting) -> Outcome:
     tokens_R = np.full(setting.ranks, sum(lengths) / setting.ranks)
     sent = _gathered(float(tokens_R.sum()), setting)
     made = _apart(plan, setting, tokens_R, 3 * sent / setting.ranks / setting.speeds.bytes_per_second)
-    kept, keys = setting.activation_bytes, setting.speeds.sizes.keys
-    memory = (kept + (setting.ranks - 1) * keys) / kept if kept else float(setting.ranks)
+    keys = setting.speeds.sizes.keys
+    kept = setting.activation_bytes or keys
+    memory = (kept + (setting.ranks - 1) * keys) / kept
     return Outcome(**(vars(made) | {"memory": memory, "moved_bytes": sent}))
 
 
