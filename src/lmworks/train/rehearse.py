@@ -297,6 +297,11 @@ VOCABULARY = 257
 def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     """The scene of a recipe under a settled layout, on at most `most` ranks; and what was made smaller, in words."""
     reduced, said = reduce_degrees(layout, most)
+    micro_rows = 1
+    if reduced.servers is not None:  # documents of a few tokens are cut, and rows take turns where the real ones do
+        reduced = dataclasses.replace(reduced, servers=dataclasses.replace(reduced.servers, tile=2))
+        own: int = recipe.batch_size // layout.size("batch")
+        micro_rows = min(2, recipe.micro_batch_size or own)
     length = 16 * reduced.cp * reduced.tp
     shape = getattr(recipe.model, "shape", recipe.model)
     model = shrink(shape, reduced, length=length, sequence=recipe.data.sequence_length)
@@ -308,8 +313,8 @@ def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     scene = Scene(
         model=model,
         layout=reduced,
-        rows=kept * reduced.size("batch"),
-        micro_rows=1,
+        rows=kept * micro_rows * reduced.size("batch"),
+        micro_rows=micro_rows,
         length=length,
         optimizer=recipe.optimizer,
         objective=recipe.objective,
