@@ -65,7 +65,8 @@ refused.
 ## Limits
 
 - Causal attention of packed documents only: no sliding windows.
-- On GPUs, see `layout.servers` for which kernel serves a task; no step of this has been timed on several GPUs.
+- On a GPU tasks are served by plain PyTorch, some hundred queries at a time: exact, and slower than a fused kernel. No
+  step has been timed on several GPUs.
 - The planner looks at pairs. A shard of fewer queries than a kernel's tile costs more than its pairs say.
 - Every rank plans every micro-batch on its CPU while its device waits: milliseconds for hundreds of documents, more for
   thousands, and for `order = "striped"`, whose runs are single tokens.
