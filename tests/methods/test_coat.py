@@ -252,6 +252,7 @@ GPT2 = {"use": "gpt2", "n_layers": 2, "hidden_size": 32, "n_heads": 2, "ffn_size
     [
         ({"saved": "coat", "model": GPT2}, "'decoder'"),
         ({"saved": "coat", "layout": {"tp": 2}}, "not divided over tp"),
+        ({"saved": "coat", "layout": {"servers": {}}}, "Legal: layout.servers.ping_pong = false"),
         ({"saved": "coat", "precision": "float8"}, "on eight-bit floats themselves"),
         ({"saved": {"use": "offload", "around": "offload"}}, "saved.around: sends saved tensors out itself"),
         ({"saved": "coat", "model.hidden_size": 40, "model.n_heads": 2}, "model.hidden_size makes rows of 40: take 48"),

@@ -20,7 +20,7 @@ from lmworks.model.decoder import DecoderConfig, Experts
 from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.init import initialise
 from lmworks.model.neox import NeoXConfig
-from lmworks.model.sizes import forward_share, mean_keys
+from lmworks.model.sizes import forward_share, linear_flops, mean_keys
 
 FILES = sorted((recipes_folder() / "sizes").glob("*.toml"))
 SPARE = 2**31
@@ -147,6 +147,14 @@ def test_the_share_of_the_last_blocks_counts_the_experts_that_run() -> None:
 def test_mean_keys_counts_what_a_token_sees(length: int, window: int | None) -> None:
     seen = [min(t + 1, window or length) for t in range(length)]
     assert mean_keys(length, window) == pytest.approx(sum(seen) / length, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["decoder", "tied"])
+def test_linear_work_of_the_blocks_the_head_and_attention_are_all_work(name: str) -> None:
+    config = small(name)
+    attention = sum(4.0 * block.n_heads * block.head_dim for block in config.blocks())  # a token that sees itself
+    whole = config.n_layers * linear_flops(config) + 2.0 * config.vocab_size * config.hidden_size + attention
+    assert config.cost(sequence=1).forward_flops_per_token == whole
 
 
 def test_tied_head_is_counted_once_and_multiplies() -> None:

@@ -41,11 +41,11 @@ def _alternate(forward: list[Step], backward: list[Step], warmup: int) -> list[S
     return steps + backward[len(forward) - warmup :]
 
 
-def ends(ranks: Sequence[Sequence[Step]], seconds: dict[tuple[str, int], float], hop: float) -> dict[Step, float]:
+def ends(ranks: Sequence[Sequence[Step]], seconds: dict[Step, float], hop: float) -> dict[Step, float]:
     """When every step ends: start times are raised until nothing moves. A hop between ranks takes `hop` seconds."""
     where = {stage: rank for rank, steps in enumerate(ranks) for _, stage, _ in steps}
     last = max(where)
-    found = {step: seconds[step[:2]] for steps in ranks for step in steps}
+    found = {step: seconds[step] for steps in ranks for step in steps}
     moved = True
     while moved:
         moved = False
@@ -55,7 +55,7 @@ def ends(ranks: Sequence[Sequence[Step]], seconds: dict[tuple[str, int], float],
                 for other in _before(step, last):
                     if other in found:
                         start = max(start, found[other] + (hop if where[other[1]] != rank else 0.0))
-                end = start + seconds[step[:2]]
+                end = start + seconds[step]
                 if end > found[step] + 1e-12:
                     found[step], moved = end, True
     return found

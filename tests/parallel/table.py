@@ -12,6 +12,7 @@ from lmworks.model.gpt2 import GPT2Config
 from lmworks.model.moe import Experts
 from lmworks.model.neox import NeoXConfig
 from lmworks.parallel.layout import Layout
+from lmworks.parallel.world import temporary_groups
 from lmworks.train.gradient import Clip
 from lmworks.train.optim import AdamW
 from lmworks.train.rehearse import Scene, Seen, perform
@@ -71,4 +72,8 @@ def scene_of(model: str, layout: Layout, *, micro_rows: int = ROWS, saved: Saved
 
 def train_all(rank: int, cases: list[Case], dtype: torch.dtype, steps: int = STEPS) -> list[Seen]:
     """Several cases, one after the other, in the same processes."""
-    return [perform(rank, case.scene, dtype, steps) for case in cases]
+    found = []
+    for case in cases:
+        with temporary_groups():
+            found.append(perform(rank, case.scene, dtype, steps))
+    return found

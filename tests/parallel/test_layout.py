@@ -15,6 +15,7 @@ from lmworks.core.errors import RecipeError
 from lmworks.model.decoder import DecoderConfig
 from lmworks.parallel.layout import AXES, VIEWS, Layout
 from lmworks.parallel.pipeline import block_costs, cheapest, held_by, holder, split
+from lmworks.parallel.servers import Servers
 from lmworks.parallel.shard import shares
 from lmworks.parallel.world import lines
 from lmworks.train.build import settle
@@ -116,6 +117,9 @@ def test_shares_tile_what_is_divided(size: int, ranks: int) -> None:
     assert max(length for _, length in found) - min(length for _, length in found) <= 1
 
 
+HEADS = ["model.n_heads=6", "model.n_kv_heads=6", "model.head_dim=8"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "sets", "told"),
     [
@@ -138,10 +142,45 @@ def test_shares_tile_what_is_divided(size: int, ranks: int) -> None:
     ],
 )
 def test_rows_that_cannot_be_divided_so_are_refused_with_what_can(ranks: int, sets: list[str], told: str) -> None:
-    plain = ["layout.use=ranks", "model.n_heads=6", "model.n_kv_heads=6", "model.head_dim=8", "data.sequence_length=60"]
+    plain = ["layout.use=ranks", *HEADS, "data.sequence_length=60"]
     sets = [line.replace("L=", "data.sequence_length=") for line in sets]
     with pytest.raises(RecipeError, match=told):
         settle(recipes.load("quickstart", verb="train", sets=plain + sets), ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sets", "told"),
+    [
+        (1, ["layout.servers.tile=8"], r"layout\.servers: has no effect: no other rank"),
+        (2, ["layout.servers.tile=8", "layout.tp=2"], r"layout\.servers: has no effect: no other rank"),
+        (2, ["layout.servers.tile=8", "compile=true"], r"layout\.servers: works on blocks that are not compiled"),
+        (2, ["layout.servers.tile=8", "model.sliding_window=9"], r"layout\.servers: computes causal .* 9 tokens"),
+        (
+            2,
+            ["layout.servers.ping_pong=true", "micro_batch_size=1"],
+            r"layout\.servers\.ping_pong: needs two rows or more in a micro-batch, here is 1",
+        ),
+        (
+            2,
+            ["layout.servers.tile=8", "layout.cp=2", "layout.context=ring"],
+            r"layout\.context: has no effect with servers",
+        ),
+        (2, ["layout.servers.tile=0"], r"layout\.servers\.tile"),
+        (2, ["layout.servers.keep=never"], r"layout\.servers\.keep.*resend"),
+        (2, ["layout.servers.tiles=8"], r"layout\.servers\.tiles.*tile"),
+    ],
+)
+def test_attention_that_cannot_be_served_is_refused_with_the_reason(ranks: int, sets: list[str], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        settle(recipes.load("quickstart", verb="train", sets=["layout.use=ranks", *HEADS, *sets]), ranks)
+
+
+def test_servers_need_no_setting_of_their_own() -> None:
+    """One row of a micro-batch is no mistake: halves are taken where there are some."""
+    sets = ["layout.servers.keep=cache", "micro_batch_size=1"]
+    layout = settle(recipes.load("quickstart", verb="train", sets=sets), 2).layout
+    assert layout.servers == Servers(keep="cache")
+    assert layout.size("attention") == 2
 
 
 def test_a_division_that_one_order_cannot_make_another_can() -> None:

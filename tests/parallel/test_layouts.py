@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lmworks.parallel import gang
+from lmworks.parallel.servers import Servers
 from lmworks.parallel.state import StatePlacement
 from lmworks.parallel.traffic import traffic
 from lmworks.train.rehearse import UNPLANNED, Seen, perform
@@ -22,6 +25,27 @@ def placed(weights: int | None = None, gradients: int | None = None, optimizer: 
     return StatePlacement(weights=weights, gradients=gradients, optimizer=optimizer)
 
 
+SERVERS = Servers(tolerance=0.0, tile=2)
+"""Documents of a few tokens are cut, and as much moves as can."""
+SERVED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("fsdp-2", {"dp_shard": 2}, {"micro": 2}),
+    ("fsdp-2-recompute", {"dp_shard": 2}, {"recompute": True}),
+    ("replicate-2-accumulation", {"dp_replicate": 2}, {"micro": 1, "model": "untied"}),
+    ("biases", {"dp_shard": 2}, {"model": "gpt2"}),
+    ("neox", {"dp_replicate": 2}, {"model": "neox"}),
+    ("cp-2", {"cp": 2}, {"micro": 3}),
+    ("cp-2-contiguous", {"cp": 2, "order": "contiguous"}, {"recompute": True}),
+    ("cp-2-striped", {"cp": 2, "order": "striped"}, {"micro": 4}),
+    ("ep-2", {"dp_shard": 2, "ep": 2}, {"micro": 2, "model": "experts"}),
+    ("cp-2-fsdp-2", {"cp": 2, "dp_shard": 2}, {"micro": 2}),
+    ("hsdp-2x2", {"dp_replicate": 2, "dp_shard": 2}, {"recompute": True}),
+    ("tp-2-fsdp-2", {"tp": 2, "dp_shard": 2}, {"micro": 4}),
+    ("sp-2-cp-2", {"tp": 2, "cp": 2, "sequence_parallel": True}, {}),
+    ("pp-2-fsdp-2", {"pp": 2, "dp_shard": 2}, {"micro": 2}),
+    ("pp-2-cp-2-interleaved", {"pp": 2, "cp": 2, "schedule": "interleaved-1f1b"}, {"micro": 2}),
+    ("pp-2-zero-bubble-fsdp-2", {"pp": 2, "dp_shard": 2, "schedule": "zero-bubble-v"}, {"micro": 1, "model": "untied"}),
+    ("pp-2-dualpipe-cp-2", {"pp": 2, "cp": 2, "schedule": "dualpipe-v"}, {"micro": 2, "model": "untied"}),
+]
 CASES = [
     Case("accumulation", micro=3),
     Case("recompute", micro=4, recompute=True),
@@ -112,6 +136,13 @@ CASES = [
         model="untied",
     ),
     Case("zero-2-recompute", {"dp_shard": 2, "state": placed(1)}, recompute=True),
+    Case("served-zero-2", {"dp_shard": 2, "state": placed(1), "servers": SERVERS}, micro=2),
+    Case("served-mics", {"dp_shard": 4, "state": placed(2, 2, 2), "servers": SERVERS}, micro=2),
+    *(Case(f"served-{name}", {**axes, "servers": SERVERS}, **more) for name, axes, more in SERVED),
+    *(
+        Case(f"served-fsdp-2-{name}", {"dp_shard": 2, "servers": dataclasses.replace(SERVERS, **settings)})
+        for name, settings in {"one-stream": {"ping_pong": False}, "cache": {"keep": "cache"}}.items()
+    ),
     Case("cp-2-sp-2", {"cp": 2, "tp": 2, "sequence_parallel": True}, micro=4),
 ]
 BY_NAME = {case.name: case for case in CASES}

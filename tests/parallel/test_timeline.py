@@ -83,6 +83,7 @@ def test_times_are_the_earliest_possible(name: str, ranks: int, micro_batches: i
     random = np.random.default_rng(seed)
     forward, backward = (random.integers(1, 9, found.stages).astype(float) for _ in range(2))
     share, hop = float(random.choice([0.25, 0.5, 0.75])), float(random.integers(0, 4))
+    factors = tuple(random.integers(0, 4, found.micro_batches).astype(float) for _ in range(2))
     timeline = simulate(
         found,
         forward_seconds=tuple(forward),
@@ -90,13 +91,17 @@ def test_times_are_the_earliest_possible(name: str, ranks: int, micro_batches: i
         input_share=share,
         link=Link(latency_seconds=hop),
         boundary_bytes=1e9,
+        factors=(tuple(factors[0]), tuple(factors[1])),
     )
-    seconds = {}
-    for stage in range(found.stages):
-        whole = backward[stage]
-        for letter, each in (("F", forward[stage]), ("B", whole), ("I", share * whole), ("W", (1 - share) * whole)):
-            seconds[letter, stage] = float(each)
+    of_whole = {"F": 1.0, "B": 1.0, "I": share, "W": 1 - share}
     steps = [[(LETTERS[a.kind], a.stage, a.micro_batch) for a in actions] for actions in found.ranks]
+    seconds = {
+        (letter, stage, j): of_whole[letter]
+        * float((forward if letter == "F" else backward)[stage])
+        * float(factors[letter != "F"][j])
+        for rank in steps
+        for letter, stage, j in rank
+    }
     ends = {(LETTERS[e.kind], e.stage, e.micro_batch): e.end for e in timeline.events}
     assert ends == pytest.approx(oracle.ends(steps, seconds, hop))
 
@@ -183,6 +188,7 @@ def test_a_rank_that_waits_for_itself_is_stuck(ranks: tuple[str, ...], told: str
         ({"forward_seconds": [1.0], "backward_seconds": 2.0}, "or 2: one for every stage"),
         ({"forward_seconds": 1.0, "backward_seconds": [2.0, -1.0]}, "none below 0"),
         ({"forward_seconds": 1.0, "backward_seconds": 2.0, "input_share": 1.5}, "between 0 and 1"),
+        ({"forward_seconds": 1.0, "backward_seconds": 2.0, "factors": ([1.0], [1.0, 1.0])}, "2 numbers for forward"),
     ],
 )
 def test_times_that_are_not_those_of_the_stages_are_refused(settings: dict[str, Any], told: str) -> None:

@@ -145,6 +145,7 @@ def test_a_run_takes_what_was_told_to_the_byte(optimizer: str, text: Path, cache
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp-2": (2, {}),
     "tp-2": (2, {"layout": {"tp": 2}}),
+    "served-2": (2, {"layout": {"servers": {"tolerance": 0.0, "tile": 4}}}),
     "pp-2": (2, {"layout": {"pp": 2}, "micro_batch_size": 2}),
     "pp-2-fsdp-2": (4, {"layout": {"pp": 2}, "micro_batch_size": 2}),
     "pp-2-tp-2": (4, {"layout": {"pp": 2, "tp": 2}, "micro_batch_size": 2}),

@@ -83,6 +83,23 @@ def test_a_run_on_ranks_is_the_run_of_one(name: str, text: Path, cache: Path, on
     assert load(tmp_path / "run").config == load(one).config
 
 
+@pytest.mark.parametrize("keep", ["resend", "cache"])
+def test_a_run_of_ranks_that_serve_attention_learns_what_one_learns(
+    keep: str, text: Path, cache: Path, one: Path, tmp_path: Path
+) -> None:
+    """Losses, validation and its tokens. The table of layouts holds weights against one process, in float64: in float32
+    another order of additions moves the few values whose gradient is nearly nothing, as `ring` does."""
+    servers = {"tolerance": 0.0, "tile": 4, "keep": keep}
+    spec = ranked.table(text, cache, layout={"servers": servers}, micro_batch_size=2)
+    gang.run(ranked.train, 2, spec, str(tmp_path / "run"))
+    for name in ("loss", "val_loss"):
+        assert ranked.losses(tmp_path / "run", name) == pytest.approx(ranked.losses(one, name), rel=1e-5)
+    assert ranked.losses(tmp_path / "run", "val_tokens") == ranked.losses(one, "val_tokens")
+    lines = (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    sent = [facts for facts in map(json.loads, lines) if facts["name"] == "sent"]
+    assert sum(facts["bytes"] for facts in sent if facts["attrs"]["axis"] == "attention") > 0
+
+
 @pytest.mark.parametrize("name", ["fsdp-2", "sp-2", "hsdp-4", "zero-1", "pairs-4", "zero-2-pp-2"])
 def test_bf16_on_ranks_learns_about_what_one_rank_learns(name: str, text: Path, cache: Path, tmp_path: Path) -> None:
     """Rounding differs: FSDP gathers all weights in bf16, norms too, which one rank keeps in float32."""

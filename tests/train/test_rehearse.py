@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lmworks.core import recipe as recipes
 from lmworks.parallel import gang
 from lmworks.parallel.layout import AXES, Layout
+from lmworks.parallel.servers import Servers
 from lmworks.train.rehearse import (
     Scene,
     Seen,
@@ -137,6 +138,20 @@ def test_a_scene_is_rehearsed_as_it_is() -> None:
     assert found.billed
     assert found.sent.keys() == {"pp"}
     assert np.isfinite(found.gradient)
+
+
+@pytest.mark.ranks
+def test_served_attention_is_rehearsed_with_documents_that_move() -> None:
+    sets = ["layout.servers.keep=cache", "layout.tp=2", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=8"]
+    made = recipes.load("quickstart", verb="train", sets=[*sets, "micro_batch_size=4"])
+    scene, _ = small(made, made.layout.settle(16, made), most=4)
+    assert scene.layout == Layout(tp=2, dp_shard=2, servers=Servers(keep="cache", tile=2))
+    assert (scene.micro_rows, scene.rows) == (2, 4)
+    found = rehearse(scene)
+    assert found.equal
+    assert found.billed
+    assert found.sent["tp"] > 0
+    assert "attention" not in found.sent, "it hangs on the documents, not on settings"
 
 
 @pytest.mark.ranks

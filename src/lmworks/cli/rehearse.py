@@ -19,6 +19,9 @@ def rehearse(
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; may be given many times.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the real pipeline's timeline into this PNG.")] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Read the recipe's documents: how long do ranks wait for the longest?")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the layout of a recipe at toy size: same axes, stages, schedule and parts; is it what one process computes?
@@ -44,6 +47,7 @@ def rehearse(
     decoded = dataclasses.replace(decoded, layout=layout)
     if problems := problems_of(decoded):
         raise RecipeError(problems)
+    waits = _documents(decoded, as_json=as_json) if documents else []
     scene, said = rehearsal.small(decoded, layout, most=most)
     if not as_json:
         for text in notes:
@@ -58,6 +62,7 @@ def rehearse(
     if as_json:
         facts = dataclasses.asdict(verdict) | {"equal": verdict.equal, "billed": verdict.billed}
         facts |= {"ranks": scene.layout.ranks, "layout": dataclasses.asdict(scene.layout), "smaller": said}
+        facts |= {"documents": waits} if documents else {}
         typer.echo(json.dumps(facts))
     else:
         _print(verdict)
@@ -82,6 +87,18 @@ def _pipeline(recipe: Any, picture: Path | None, *, as_json: bool) -> None:
     if picture is not None:
         draw(timeline, picture, unit="micro-batches forward through a rank")
         say(f"  drawn in {picture}")
+
+
+def _documents(recipe: Any, *, as_json: bool) -> list[dict[str, Any]]:
+    """How long ranks of data parallel wait for the one with the longest documents, by their number."""
+    from lmworks.train.waiting import facts, told, waiting
+
+    asked = recipe.layout.size("batch")
+    found = waiting(recipe, recipe.layout, sorted({2, 4, 8, 16} | ({asked} - {1})))
+    if not as_json:
+        for line in told(found, asked):
+            typer.echo(line)
+    return facts(found)
 
 
 def _print(verdict: object) -> None:

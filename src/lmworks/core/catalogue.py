@@ -102,6 +102,7 @@ SLOTS: dict[str, Shelf] = {
             "ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor"),
             "zero": Part("parallel.zero:Zero", "weights, gradients and optimizer state shared as a known stage says"),
             "tokenring": Part("methods.tokenring:TokenRing", "rows divided among ranks that pass queries round"),
+            "distca": Part("methods.distca:DistCA", "rows on ranks that compute each other's attention"),
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
             "frontier-zero": Part("methods.frontier_zero:FrontierZero", "states shared by pair, node and all ranks"),
             "zero++": Part("parallel.zeropp:ZeroPlusPlus", "ZeRO-3 that sends int8 weights and int4 gradients"),

@@ -115,6 +115,7 @@ METHODS: dict[str, Method] = {
         2025,
         "attention cut into tasks that a planner shares over all GPUs",
         ("layout",),
+        "methods.distca",
     ),
     "dp-lora": Method(
         "Differentially Private Low-Rank Adaptation of Large Language Model Using Federated Learning",

@@ -1,6 +1,6 @@
 """Who attends to whom, and the layer that does it.
 
-`Reach` is worked out once per forward and window, and shared by all blocks. There are seven kinds:
+`Reach` is worked out once per forward and window, and shared by all blocks. There are eight kinds:
 
     all       one new token behind a cache: it sees every key, no mask
     causal    one document per row: the fused kernel's own causal order, no mask
@@ -9,6 +9,7 @@
     blocks    packed or windowed rows on a GPU: FlexAttention with a block mask
     mask      everything else: a boolean mask
     by        some keys are not here: whoever divided the tokens of the rows computes it
+    apart     it is computed on several ranks, and can be waited for: begun, served, ended
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,18 @@ Span = tuple[int, int, int]
 """Row, first token, one past the last token of a document."""
 
 
+class Pending(Protocol):
+    """Attention that is under way. Other work may be done before each of its two parts."""
+
+    def serve(self) -> None:
+        """Compute what this rank was asked for, and send it off."""
+        ...
+
+    def end(self) -> Tensor:
+        """(B, T, N, h): what was found for this rank's own queries."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reach:
     """Which keys each query sees; exactly one kind (see the module's table)."""
@@ -50,6 +63,8 @@ class Reach:
     """(B or 1, 1, T, K) boolean, True = seen."""
     by: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """(B, T, N, h), (B, G, T, h), (B, G, T, h) of these tokens -> (B, T, N, h)."""
+    apart: Callable[[Tensor, Tensor, Tensor], Pending] | None = None
+    """Begins the same."""
 
 
 def reach(
@@ -130,6 +145,10 @@ def attend(q_BTNh: Tensor, k_BGKh: Tensor, v_BGKh: Tensor, reach: Reach) -> Tens
     """softmax(q k^T / sqrt(h)) v within the reach: (B, T, N, h). Query head n reads group n // (N / G)."""
     if reach.by is not None:
         return reach.by(q_BTNh, k_BGKh, v_BGKh)
+    if reach.apart is not None:
+        pending = reach.apart(q_BTNh, k_BGKh, v_BGKh)
+        pending.serve()
+        return pending.end()
     if reach.tiles is not None:
         return attend_tiles(q_BTNh, k_BGKh.transpose(1, 2), v_BGKh.transpose(1, 2), reach.tiles)
     q_BNTh = q_BTNh.transpose(1, 2)
@@ -203,7 +222,9 @@ class Frame:
     rope: tuple[Tensor, Tensor] | None
     """cos and sin, (B or 1, T, r) float32; None without rotary positions."""
     reaches: dict[int | None, Reach]
-    """By window."""
+    """By window; none where there are halves."""
+    halves: tuple[Frame, Frame] | None = None
+    """The same for the first and the second half of the rows, where blocks take them in turns (`turns.py`)."""
 
 
 class Attention(nn.Module):
@@ -220,6 +241,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = sizes
+        self.enter: Callable[[Tensor], Tensor] = _as_it_is
+        """What happens to the input first; a layout that divides the heads replaces it."""
         query, keys = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
         self.q_proj = Linear(width, query, bias=qkv_bias)
         self.k_proj = Linear(width, keys, bias=qkv_bias)
@@ -230,18 +253,43 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). Appends the new keys and values to `cache`, where there is one."""
-        mixed_BTE = self.mix(self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD), frame, cache)
+        mixed_BTE = self.mix(*self._projected(x_BTD), frame, cache)
         result: Tensor = self.o_proj(mixed_BTE)
         return result
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """What lies between the products: (B, T, N h), (B, T, G h), (B, T, G h) -> (B, T, N h)."""
+        q_BTNh, k_BTGh, v_BTGh = self._heads(q, k, v, frame)
+        k_BGKh, v_BGKh = k_BTGh.transpose(1, 2), v_BTGh.transpose(1, 2)
+        if cache is not None:
+            k_BGKh, v_BGKh = cache.append(k_BTGh, v_BTGh)
+        return attend(q_BTNh, k_BGKh, v_BGKh, frame.reaches[self.sizes.window]).flatten(2)
+
+    def begin(self, x_BTD: Tensor, frame: Frame) -> Pending:
+        """The first part of `forward`, where the reach is `apart`."""
+        apart = frame.reaches[self.sizes.window].apart
+        assert apart is not None, "only such attention is waited for"
+        q_BTNh, k_BTGh, v_BTGh = self._heads(*self._projected(x_BTD), frame)
+        return apart(q_BTNh, k_BTGh.transpose(1, 2), v_BTGh.transpose(1, 2))
+
+    def end(self, pending: Pending) -> Tensor:
+        """The last part: (B, T, D)."""
+        result: Tensor = self.o_proj(pending.end().flatten(2))
+        return result
+
+    def _projected(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BTD = self.enter(x_BTD)
+        return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, N, h), (B, T, G, h), (B, T, G, h), normed and turned."""
         q_BTNh, k_BTGh, v_BTGh = (x.view(*x.shape[:2], -1, self.sizes.head_dim) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNh, k_BTGh = self.q_norm(q_BTNh), self.k_norm(k_BTGh)
         if frame.rope is not None:
             q_BTNh, k_BTGh = ops.rotate(q_BTNh, *frame.rope), ops.rotate(k_BTGh, *frame.rope)
-        k_BGKh, v_BGKh = k_BTGh.transpose(1, 2), v_BTGh.transpose(1, 2)
-        if cache is not None:
-            k_BGKh, v_BGKh = cache.append(k_BTGh, v_BTGh)
-        return attend(q_BTNh, k_BGKh, v_BGKh, frame.reaches[self.sizes.window]).flatten(2)
+        return q_BTNh, k_BTGh, v_BTGh
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

@@ -65,6 +65,8 @@ class Backbone(nn.Module):
         """What is done with the head's matrix; a layout may replace it."""
         self.reach = reach
         """Who attends to whom; a layout that divides the tokens of a row replaces it."""
+        self.in_turns = False
+        """Whether blocks take the two halves of the rows in turns; for a layout whose attention is waited for."""
         self.embed: Embedding | None = embed
         self.positions: Embedding | None = positions
         self.blocks = nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
@@ -146,6 +148,19 @@ class Backbone(nn.Module):
         self, batch: int, new: int, positions_BT: Tensor, documents_BT: Tensor | None, cache: KVCache | None
     ) -> Frame:
         """Tables and reaches, worked out once and shared by the blocks."""
+        if self.in_turns and batch > 1:
+            first = (batch + 1) // 2  # as torch's chunk
+            parts = [None, None] if documents_BT is None else [documents_BT[:first], documents_BT[first:]]
+            places = [positions_BT] * 2 if len(positions_BT) == 1 else [positions_BT[:first], positions_BT[first:]]
+            rows = (first, batch - first)
+            one, other = (self._whole(n, new, p, d, cache) for n, p, d in zip(rows, places, parts, strict=True))
+            return Frame(rope=None, reaches={}, halves=(one, other))
+        return self._whole(batch, new, positions_BT, documents_BT, cache)
+
+    def _whole(
+        self, batch: int, new: int, positions_BT: Tensor, documents_BT: Tensor | None, cache: KVCache | None
+    ) -> Frame:
+        """The frame of rows that go through a block together."""
         cached = cache.length if cache is not None else 0
         if cache is not None:
             documents_BT = cache.note_documents(documents_BT, batch, new)

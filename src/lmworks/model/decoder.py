@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem
 from lmworks.model import sizes as shape
+from lmworks.model import turns
 from lmworks.model.attention import Attention, Frame
 from lmworks.model.backbone import Backbone
 from lmworks.model.cache import BlockCache
@@ -212,8 +213,13 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        if frame.halves is not None:
+            return turns.forward(self, x_BTD, frame.halves)
         normed_BTD: Tensor = self.attn_norm(x_BTD)
-        mixed_BTD: Tensor = self.attn(normed_BTD, frame, cache)
+        return self.behind(x_BTD, normed_BTD, self.attn(normed_BTD, frame, cache))
+
+    def behind(self, x_BTD: Tensor, normed_BTD: Tensor, mixed_BTD: Tensor) -> Tensor:
+        """What follows attention, which got `normed_BTD` and gave `mixed_BTD`."""
         if self.ffn_norm is None:
             side_by_side: Tensor = x_BTD + (mixed_BTD + self.ffn(normed_BTD))
             return side_by_side

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem
 from lmworks.model import sizes as shape
+from lmworks.model import turns
 from lmworks.model.attention import Attention, Frame
 from lmworks.model.backbone import Backbone
 from lmworks.model.cache import BlockCache
@@ -130,7 +131,14 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, frame: Frame, cache: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), frame, cache)
+        if frame.halves is not None:
+            return turns.forward(self, x_BTD, frame.halves)
+        normed_BTD: Tensor = self.attn_norm(x_BTD)
+        return self.behind(x_BTD, normed_BTD, self.attn(normed_BTD, frame, cache))
+
+    def behind(self, x_BTD: Tensor, normed_BTD: Tensor, mixed_BTD: Tensor) -> Tensor:
+        """What follows attention, which gave `mixed_BTD`."""
+        x_BTD = x_BTD + mixed_BTD
         result: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
         return result
 

@@ -206,6 +206,17 @@ def forward_share(config: Shape, *, start: int, sequence: int) -> float:
     return (2.0 * matrices + attention) / cost(config, sequence=sequence).forward_flops_per_token
 
 
+def linear_flops(config: Shape) -> float:
+    """Forward FLOPs of one token in one block but for attention's two products; the mean of all blocks."""
+    blocks = config.blocks()
+    values = sum(
+        active_values(name, shape, blocks)
+        for name, shape in config.shapes()
+        if name.startswith("blocks.") and len(shape) >= 2
+    )
+    return 2.0 * values / len(blocks)
+
+
 def active_values(name: str, shape: tuple[int, ...], blocks: Sequence[BlockSizes]) -> int:
     """Values of a parameter that one token uses: of experts, which are the 3-D ones, K of E."""
     if len(shape) < 3:

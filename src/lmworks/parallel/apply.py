@@ -36,6 +36,7 @@ from lmworks.parallel.fsdp import shard
 from lmworks.parallel.ladder import Ladder
 from lmworks.parallel.parameters import Chunks, Masters
 from lmworks.parallel.pipeline import Pipeline, held_by, split
+from lmworks.parallel.pool import Pool
 from lmworks.parallel.replicas import Replicas
 from lmworks.parallel.shard import Cut, boxes, divide, local
 from lmworks.parallel.wire import Wire, alone
@@ -365,8 +366,7 @@ def place(
         divide(chunk, own)
         tensor.connect(chunk, own, wire, tokens_divided=layout.sequence_parallel)
         experts.connect(chunk, wire)
-        if layout.cp > 1:
-            chunk.reach = Context(wire)
+        _reach(chunk, wire)
         arrange(chunk)
         chunks.append(chunk)
     if len(chunks) > 1 and config.tied and held[0] == 0 and held[-1] == layout.stages - 1:
@@ -377,6 +377,15 @@ def place(
     for chunk in chunks:
         chunk.to_empty(device=device)
     return Placement(chunks, cuts, wire, device, param_dtype)
+
+
+def _reach(chunk: Backbone, wire: Wire) -> None:
+    """Who attends to whom where some keys, or some of the work, are on other ranks."""
+    layout = wire.layout
+    if layout.servers is not None and layout.size("attention") > 1:
+        chunk.reach, chunk.in_turns = Pool(wire, chunk.config.blocks()[0]), layout.servers.ping_pong is not False
+    elif layout.cp > 1:
+        chunk.reach = Context(wire)
 
 
 def whole(model: Backbone) -> Placement:

@@ -11,7 +11,7 @@
 The number of ranks is the product of all axes but ep. Ranks count with tp fastest, then cp, dp_shard, dp_replicate, pp:
 ranks that speak most are neighbours. Three views join axes: batch = dp_replicate x dp_shard (who reads which rows),
 fsdp = dp_shard x cp (who shards weights), loss = batch x cp (over whom losses are summed). edp are the ranks of fsdp
-that hold the same experts.
+that hold the same experts. attention are the ranks of loss too: with `servers` they compute each other's.
 
 `state` says of the ranks of fsdp how many share each kind of state, and adds axes of its own (`state.py`).
 """
@@ -28,6 +28,7 @@ from typing import Any, Literal, final
 from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.core.recipe import PositiveInt
 from lmworks.parallel import state as states
+from lmworks.parallel.servers import Servers
 from lmworks.parallel.state import STATE_AXES, StatePlacement
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -36,6 +37,7 @@ VIEWS = {
     "batch": ("dp_replicate", "dp_shard"),
     "fsdp": ("dp_shard", "cp"),
     "loss": ("dp_replicate", "dp_shard", "cp"),
+    "attention": ("dp_replicate", "dp_shard", "cp"),
     "world": AXES,
 }
 """Neighbouring axes under one name."""
@@ -90,6 +92,9 @@ class Layout(Arrangement):
     order: Order = "zigzag"
     """Which tokens of a row a rank of cp holds. 'zigzag': an early and a late run, alike in work. 'contiguous': one
     run; later ones see more. 'striped': every cp-th token."""
+    servers: Servers | None = None
+    """Let all ranks that hold tokens of the same blocks compute each other's attention, whoever holds the longest
+    documents; with cp as well, in place of `context`. Left out: each rank attends for its own tokens."""
     tp: PositiveInt = 1
     """Tensor parallel: ranks that hold other heads, other FFN columns and other vocabulary of the same blocks."""
     ep: PositiveInt = 1
@@ -115,6 +120,9 @@ class Layout(Arrangement):
         yield from _model(self, recipe)
         yield from _batch(self, recipe)
         yield from _parts(self, recipe)
+        if self.servers is not None:
+            for problem in self.servers.problems(self.size("attention") if self.settled else None, recipe):
+                yield Problem(path=f"servers.{problem.path}".rstrip("."), text=problem.text)
 
     def _alone(self) -> Iterator[Problem]:
         usual = {field.name: field.default for field in dataclasses.fields(self)}
@@ -122,6 +130,8 @@ class Layout(Arrangement):
             for name in names if self.size(axis) == 1 else ():
                 if getattr(self, name) != usual[name]:
                     yield Problem(path=name, text=f"has no effect with {axis} = 1")
+        if self.servers is not None and self.context != "all-gather":
+            yield Problem(path="context", text="has no effect with servers: queries and keys go where a plan says")
         if self.state is not None:
             for problem in states.problems(self.state, self):
                 yield Problem(path=f"state.{problem.path}".rstrip("."), text=problem.text)

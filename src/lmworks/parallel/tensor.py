@@ -10,12 +10,13 @@ that every rank keeps becomes a sum of which every rank keeps its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lmworks.core.errors import Problem, RecipeError
+from lmworks.model.attention import Attention
 from lmworks.model.axes import axes
 from lmworks.model.backbone import Backbone
 from lmworks.model.layers import Linear
@@ -62,8 +63,10 @@ def connect(model: Backbone, cuts: Mapping[str, Cut], wire: Wire, *, tokens_divi
     if table is not None:
         model.vocabulary = DividedVocabulary(wire, table.offset, table.length, table.whole)
     for block in model.blocks.values():
-        for part in ("attn", "ffn"):
-            block.get_submodule(part).register_forward_pre_hook(_entering(wire, tokens_divided=tokens_divided))
+        attention, enter = block.get_submodule("attn"), _entering(wire, tokens_divided=tokens_divided)
+        assert isinstance(attention, Attention)
+        attention.enter = enter
+        block.get_submodule("ffn").register_forward_pre_hook(lambda _, args, enter=enter: (enter(args[0]), *args[1:]))
         for path in READERS:
             parent, _, child = path.rpartition(".")
             reader = block.get_submodule(path)
@@ -102,13 +105,11 @@ class Reader(Linear):
         return out if bias is None else out + bias.to(out.dtype)
 
 
-def _entering(wire: Wire, *, tokens_divided: bool) -> Any:
-    """A hook in front of attention or FFN: every rank gets all tokens."""
+def _entering(wire: Wire, *, tokens_divided: bool) -> Callable[[Tensor], Tensor]:
+    """What happens in front of attention or FFN: every rank gets all tokens."""
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = args
-        x = crossing.gather(x, wire, "tp", 1) if tokens_divided else crossing.copy(x, wire, "tp")
-        return (x, *rest)
+    def enter(x: Tensor) -> Tensor:
+        return crossing.gather(x, wire, "tp", 1) if tokens_divided else crossing.copy(x, wire, "tp")
 
     return enter
 

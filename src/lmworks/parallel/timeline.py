@@ -97,16 +97,19 @@ def simulate(
     input_share: float = 0.5,
     link: Link | None = None,
     boundary_bytes: float = 0.0,
+    factors: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Timeline:
     """Run an order on a clock.
 
     Times are those of one micro-batch in one stage. `backward_seconds` is a whole backward pass, of which the gradient
     of the input takes `input_share`. What goes from stage to stage has `boundary_bytes` in each direction, and is there
-    at once without a `link` or between stages of one rank.
+    at once without a `link` or between stages of one rank. `factors`: by how much each micro-batch's forward and its
+    backward seconds are those times more, where micro-batches are not alike.
 
     Raises Deadlock when the order gets stuck, UsageError for times that are not those of its stages.
     """
-    clock = _Clock(order, _seconds(order, forward_seconds, backward_seconds, input_share), link, boundary_bytes)
+    seconds = _seconds(order, forward_seconds, backward_seconds, input_share)
+    clock = _Clock(order, seconds, link, boundary_bytes, _factors(order, factors))
     turn = deque(range(len(order.ranks)))
     waits: dict[_Result, int] = {}
     while turn:
@@ -128,8 +131,15 @@ def simulate(
 class _Clock:
     """The state of a simulation."""
 
-    def __init__(self, order: Order, seconds: dict[Kind, list[float]], link: Link | None, nbytes: float) -> None:
-        self.order, self.seconds = order, seconds
+    def __init__(
+        self,
+        order: Order,
+        seconds: dict[Kind, list[float]],
+        link: Link | None,
+        nbytes: float,
+        factors: tuple[Sequence[float], Sequence[float]],
+    ) -> None:
+        self.order, self.seconds, self.factors = order, seconds, factors
         self.latency = link.latency_seconds if link is not None else 0.0
         self.sending = nbytes / link.bytes_per_second if link is not None else 0.0
         self.done = [0] * len(order.ranks)
@@ -154,7 +164,8 @@ class _Clock:
         """Do an action whose needs are there; gives what it made, None for gradients of weights."""
         ready = [self.arrived[need] for need in _needs(action, self.order.stages) if need.stage != action.stage]
         start = max([self.free[rank], *ready])
-        end = start + self.seconds[action.kind][action.stage]
+        factor = self.factors[action.kind is not Kind.FORWARD][action.micro_batch]
+        end = start + factor * self.seconds[action.kind][action.stage]
         self.free[rank], self.done[rank] = end, self.done[rank] + 1
         self.events.append(Event(rank, action.kind, action.stage, action.micro_batch, start, end))
         if action.kind is Kind.BACKWARD_WEIGHT:
@@ -206,6 +217,21 @@ def _seconds(order: Order, forward: PerStage, backward: PerStage, input_share: f
         Kind.BACKWARD_INPUT: [seconds * input_share for seconds in backwards],
         Kind.BACKWARD_WEIGHT: [seconds * (1 - input_share) for seconds in backwards],
     }
+
+
+def _factors(
+    order: Order, factors: tuple[Sequence[float], Sequence[float]] | None
+) -> tuple[Sequence[float], Sequence[float]]:
+    """One factor for every micro-batch, forward and backward."""
+    if factors is None:
+        return (1.0,) * order.micro_batches, (1.0,) * order.micro_batches
+    for each in factors:
+        if len(each) != order.micro_batches or min(each, default=0.0) < 0:
+            legal = (
+                f"{order.micro_batches} numbers for forward and for backward: one for every micro-batch; none below 0"
+            )
+            raise UsageError(f"factors = {factors}", where=f"pipeline order '{order.name}'", legal=legal)
+    return factors
 
 
 def _deadlock(clock: _Clock, stuck: Sequence[tuple[int, Action]]) -> Deadlock:

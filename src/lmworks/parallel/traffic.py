@@ -249,9 +249,10 @@ class _Part:
             return 0.0
         f, work = (n - 1) / n, self.work
         windows = len({size.window for size in self.sizes})
-        per_micro = f * work.rows * work.sequence * 8.0 * windows  # documents' ids
+        served = self.layout.servers is not None  # what attention sends is then no matter of cp
+        per_micro = 0.0 if served else f * work.rows * work.sequence * 8.0 * windows  # documents' ids
         for block in self.blocks:
-            forward, backward = self._attention(self.sizes[block])
+            forward, backward = (0.0, 0.0) if served else self._attention(self.sizes[block])
             per_micro += forward * (2 if self._recomputed(block) else 1) + backward
             chosen = (self.sizes[block].experts or 0) * work.rows * 8  # counts of a row's tokens by expert
             per_micro += 2 * f * chosen * (2 if self._recomputed(block) else 1)

@@ -80,6 +80,18 @@ def connected(place: Seat, device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def temporary_groups() -> Iterator[None]:
+    """Groups that are made inside end with it: each has threads, and a process may go through many layouts."""
+    known = dist.distributed_c10d._world.pg_map  # torch has no public list of them
+    before = set(known)
+    try:
+        yield
+    finally:
+        for group in [group for group in known if group not in before]:
+            dist.destroy_process_group(group)
+
+
 def _store() -> Any:
     """Where ranks find each other, apart from what those of an earlier attempt left there.
 
@@ -95,7 +107,8 @@ def wire(layout: Layout, place: Seat) -> Wire:
     groups: dict[str, Group] = {}
     if layout.ranks > 1:
         more = layout.state.axes(layout.size("fsdp")) if layout.state is not None else ()
-        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp", *more):
+        served = ("attention",) if layout.servers is not None else ()  # a group of its own: beside all else
+        for name in (*AXES, "batch", "fsdp", "loss", "ep", "edp", *more, *served):
             if layout.size(name) > 1:
                 groups[name] = _group(layout, name)
         everyone = dist.group.WORLD
@@ -122,7 +135,7 @@ def _stride(layout: Layout, axis: str) -> int:
         return layout.tp * (layout.ep if axis == "edp" else 1)
     if layout.state is not None and axis.partition("/")[0] in STATE_AXES:
         return layout.tp * layout.state.stride(axis, layout.size("fsdp"))
-    names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp"}
+    names = {"batch": "dp_shard", "fsdp": "cp", "loss": "cp", "attention": "cp"}
     last = AXES.index(names.get(axis, axis))
     stride = 1
     for name in AXES[last + 1 :]:

@@ -192,6 +192,10 @@ class _Work:
     def _attention(self, mine: BlockSizes) -> tuple[float, int, bool]:
         """What attention saves per token: scores of a head, values beside q, k, v and the result; and whether the
         result is a fused kernel's."""
+        servers = self.layout.servers
+        if servers is not None:
+            # A server's cache hangs on the plan. As if each served as many tokens as it has, whose results stay too.
+            return 1.0, 0 if servers.keep == "resend" else mine.n_heads * mine.head_dim, False
         engine = self.layout.context if self.layout.cp > 1 else "ulysses"
         if engine in ("ring", "tokenring"):
             return 1.0, 0, False

@@ -46,8 +46,9 @@ Values = NDArray[np.floating[Any]]
 SEED = 3
 STEPS = 3
 """Of a rehearsal: one would not show an update that went wrong."""
-UNPLANNED = ("world", "batch", "loss", "ep")
-"""Counts, the loss, the norm and experts' loads are a few numbers; what ep sends hangs on what tokens choose."""
+UNPLANNED = ("world", "batch", "loss", "ep", "attention")
+"""Counts, the loss, the norm and experts' loads are a few numbers; what ep sends hangs on what tokens choose, and what
+servers of attention send on the documents of a row."""
 EQUAL = 1e-9
 """Relative difference below which float64 results of another order of additions are equal."""
 
@@ -314,6 +315,11 @@ def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     if reduced.state is not None and (plain := states.unrounded(reduced.state, reduced.size("fsdp"))) != reduced.state:
         reduced = dataclasses.replace(reduced, state=plain)
         said.append("int8, int4 -> plain: what rounding changes would hide what the layout changes")
+    micro_rows = 1
+    if reduced.servers is not None:  # documents of a few tokens are cut, and rows take turns where the real ones do
+        reduced = dataclasses.replace(reduced, servers=dataclasses.replace(reduced.servers, tile=2))
+        own: int = recipe.batch_size // layout.size("batch")
+        micro_rows = min(2, recipe.micro_batch_size or own)
     length = 16 * reduced.cp * reduced.tp
     shape = getattr(recipe.model, "shape", recipe.model)
     model = shrink(shape, reduced, length=length, sequence=recipe.data.sequence_length)
@@ -325,8 +331,8 @@ def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     scene = Scene(
         model=model,
         layout=reduced,
-        rows=kept * reduced.size("batch"),
-        micro_rows=1,
+        rows=kept * micro_rows * reduced.size("batch"),
+        micro_rows=micro_rows,
         length=length,
         optimizer=recipe.optimizer,
         objective=recipe.objective,
@@ -394,8 +400,11 @@ def described(layout: Layout) -> str:
     if layout.state is not None:
         shared = ", ".join(f"{name} {layout.state.degree(name, layout.size('fsdp'))}" for name in states.DEGREES)
         found.append(f"shared by: {shared}")
+    if layout.servers is not None:
+        found.append("attention served by all ranks")
     if layout.cp > 1:
-        found.append(f"{layout.context} over {layout.order} tokens")
+        engine = f"{layout.context} over " if layout.servers is None else ""
+        found.append(f"{engine}{layout.order} tokens")
     if layout.pp > 1:
         found.append(f"{layout.schedule}, {layout.held} stages a rank" if layout.held > 1 else layout.schedule)
     return ", ".join(found) or "one rank"

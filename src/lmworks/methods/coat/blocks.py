@@ -58,6 +58,10 @@ class CoatActivations(Saved):
         if getattr(recipe.layout, "tp", 1) > 1:
             text = "coat's products are not divided over tp. Legal: layout.tp = 1, with dp_shard or pp in its place"
             yield Problem(path="", text=text)
+        servers = getattr(recipe.layout, "servers", None)
+        if servers is not None and servers.ping_pong is not False:
+            text = "coat takes all rows through a block together. Legal: layout.servers.ping_pong = false"
+            yield Problem(path="", text=text)
         for name, size in sizes_of(shape).items():
             if size % GROUP:
                 text = f"coat needs multiples of {GROUP}; model.{name} makes rows of {size}"
