@@ -26,6 +26,7 @@ SERVED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fsdp-2-recompute", {"dp_shard": 2}, {"recompute": True}),
     ("replicate-2-accumulation", {"dp_replicate": 2}, {"micro": 1, "model": "untied"}),
     ("biases", {"dp_shard": 2}, {"model": "gpt2"}),
+    ("parallel", {"dp_shard": 2}, {"model": "parallel"}),
     ("neox", {"dp_replicate": 2}, {"model": "neox"}),
     ("cp-2", {"cp": 2}, {"micro": 3}),
     ("cp-2-contiguous", {"cp": 2, "order": "contiguous"}, {"recompute": True}),
