@@ -9,6 +9,8 @@ m micro-batches; P the bytes of this rank's parameters.
     fsdp   f P for each time that weights are gathered, f P for the gradients, once
     dp     2 f P / fsdp for the gradients, once
     edp    2 f of the experts' gradients, once; what ep sends hangs on what tokens choose, and has no formula
+
+What ranks that serve each other's attention send hangs on the documents: `dispatch.sent` tells it of a plan.
 """
 
 from __future__ import annotations
