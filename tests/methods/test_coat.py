@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,9 +23,7 @@ from lmworks.model import ops
 from lmworks.model.backbone import Backbone
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
-from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
-from lmworks.parallel.servers import Servers
 from lmworks.train.footprint import predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.objective import CrossEntropy
@@ -35,7 +31,6 @@ from lmworks.train.optim import AdamW
 from lmworks.train.probe import Probe
 from lmworks.train.saved import Keep
 from tests.oracles import coat as oracle
-from tests.parallel.pooled import Pass, learned
 from tests.train import toy
 
 
@@ -243,25 +238,6 @@ def test_nothing_wider_than_codes_is_kept_but_by_attention() -> None:
     codes = [tuple(t.shape) for t in kept if t.dtype == torch.float8_e4m3fn]
     assert codes == [(32, 64), (64, 32), (32, 48), (32, 48), (32, 48), (48, 32)]
     assert sorted(tuple(t.shape) for t in kept if t.dtype == torch.float32 and not t.requires_grad) == [(), (), (32,)]
-
-
-@pytest.mark.ranks
-def test_attention_that_other_ranks_serve_changes_nothing_under_coat() -> None:
-    """Documents that stay whole are attended by the same kernel wherever they are: every gradient is the same to the
-    bit. Cut ones differ by roundings, which codes of eight bits make large."""
-    one_stream = Servers(ping_pong=False)
-    served = [
-        Pass(axes={"dp_shard": 2}, servers=servers, saved=CoatActivations(), dtype=torch.float32, **plan)
-        for servers in (one_stream, dataclasses.replace(one_stream, keep="cache"))
-        for plan in ({"at_home": True}, {"random": 1, "cuts": 0})
-    ]
-    for passes in gang.run(learned, 2, served):
-        home, *others = [seen for seen, _ in passes]
-        assert home.bills.keys() != others[0].bills.keys(), "something moved"
-        for other in others:
-            assert other.losses == home.losses
-            for name, (_, gradient) in home.gradients.items():
-                assert np.array_equal(other.gradients[name][1], gradient), name
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
