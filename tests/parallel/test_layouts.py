@@ -28,7 +28,7 @@ SERVED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("biases", {"dp_shard": 2}, {"model": "gpt2"}),
     ("parallel", {"dp_shard": 2}, {"model": "parallel"}),
     ("neox", {"dp_replicate": 2}, {"model": "neox"}),
-    ("cp-2", {"cp": 2}, {"micro": 3}),
+    ("cp-2", {"cp": 2}, {"micro": 2}),
     ("cp-2-contiguous", {"cp": 2, "order": "contiguous"}, {"recompute": True}),
     ("cp-2-striped", {"cp": 2, "order": "striped"}, {"micro": 4}),
     ("ep-2", {"dp_shard": 2, "ep": 2}, {"micro": 2, "model": "experts"}),
