@@ -84,7 +84,7 @@ def test_lower_precisions_keep_sums_in_float32(dtype: torch.dtype, bound: float)
 
 
 def test_the_plain_form_takes_some_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "QUERIES", 4)
+    monkeypatch.setattr(causal, "SCORES", 4 * 2 * 17)  # 4 queries of the first run at a time
     runs = runs_of([(11, 6), (9, 0)])
     q, k, v, dout = drawn(runs, 1, 2, torch.float64, 1)
     out, lse = attend_runs(q, k, v, runs, fused=False)

@@ -30,7 +30,7 @@ from lmworks.train.saved import Keep
 from lmworks.train.slots import Saved, combined, divisors
 from tests.parallel.served import shuffled
 
-MODEL = DecoderConfig(vocab_size=61, n_layers=2, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=40)
+MODEL = DecoderConfig(vocab_size=61, n_layers=2, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=48)
 ROWS, LENGTH = 4, 260
 CPU = torch.device("cpu")
 
@@ -43,6 +43,8 @@ class Pass:
     servers: Servers | None = Servers(tolerance=0.0, tile=8)
     random: int | None = None
     """Seed of a plan that nobody would make; None: the planner's, or with `at_home` everyone his own."""
+    cuts: int = 3
+    """In each document of a random plan."""
     at_home: bool = False
     micro: int = ROWS
     saved: Saved = Keep()
@@ -86,7 +88,7 @@ def _learned(rank: int, each: Pass) -> tuple[Seen, dict[str, int]]:
     made.fill(lambda name, box: first_value(name, box.whole, MODEL.n_layers, 5)[box.index])
     for chunk in made.chunks:
         if isinstance(chunk.reach, Pool) and (each.at_home or each.random is not None):
-            chunk.reach = dataclasses.replace(chunk.reach, planner=partial(planned, each.random))
+            chunk.reach = dataclasses.replace(chunk.reach, planner=partial(planned, each.random, each.cuts))
     total = _backward(made, each.micro, books)
     for cache in caches:
         cache.close()
@@ -113,9 +115,10 @@ def _backward(made: Placement, micro: int, books: Ledger) -> float:
     return float(made.total_of_tokens(own[None].double()) if made.layout.ranks > 1 else own)
 
 
-def planned(seed: int | None, pieces: Sequence[Piece], ranks: int, sizes: Sizes) -> Plan:
+def planned(seed: int | None, cuts: int, pieces: Sequence[Piece], ranks: int, sizes: Sizes) -> Plan:
+    """A plan that nobody would make; without a seed everyone serves himself."""
     whole = plain(pieces, ranks)
-    return whole if seed is None else shuffled(whole, seed)
+    return whole if seed is None else shuffled(whole, seed, cuts=cuts)
 
 
 # --- the order of what happens ------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ def in_order(rank: int, ranks: int) -> list[str]:
     model = dataclasses.replace(MODEL, n_layers=1).build(dtype=torch.float64, param_dtype=torch.float64)
     for name, p in model.named_parameters():
         p.data.copy_(first_value(name, tuple(p.shape), 1, 5))
-    model.reach = Pool(wire, MODEL.blocks()[0], partial(planned, 3))
+    model.reach = Pool(wire, MODEL.blocks()[0], partial(planned, 3, 3))
     model.in_turns = True
     attention: Any = model.blocks["0"].attn
     for name in ("q_proj", "o_proj"):
@@ -176,7 +179,7 @@ def _log(log: list[str], name: str, module: Any, args: Any, out: Tensor) -> None
 def disagreeing(rank: int, ranks: int) -> str:
     """Every rank makes a plan of its own: what it is told."""
     wire = world.wire(Layout(dp_shard=ranks, servers=Servers()), world.Seat(rank=rank, world=ranks))
-    pool = Pool(wire, MODEL.blocks()[0], partial(planned, rank))
+    pool = Pool(wire, MODEL.blocks()[0], partial(planned, rank, 3))
     part = batch()[slice(rank, None, ranks)]
     facts = {"batch": part.rows, "new": LENGTH, "cached": 0, "window": None, "device": CPU, "dtype": torch.float64}
     try:

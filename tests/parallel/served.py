@@ -42,11 +42,11 @@ class Work:
         return plain(held, ranks) if self.seed is None else shuffled(plain(held, ranks), self.seed, self.servers)
 
 
-def shuffled(whole: Plan, seed: int, servers: tuple[int, ...] | None = None) -> Plan:
+def shuffled(whole: Plan, seed: int, servers: tuple[int, ...] | None = None, *, cuts: int = 3) -> Plan:
     """Other tasks for the same tokens: documents cut anywhere, each part served by anyone."""
     random, tasks = np.random.default_rng(seed), []
     for document, length in whole.lengths.items():
-        edges = sorted({0, length, *random.integers(1, length + 1, 3).tolist()})
+        edges = sorted({0, length, *random.integers(1, length + 1, cuts).tolist()})
         legal = servers or tuple(range(whole.ranks))
         tasks += [(document, a, b, int(random.choice(legal))) for a, b in pairwise(edges)]
     return arranged(whole.pieces, tasks, whole.ranks)

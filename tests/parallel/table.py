@@ -31,6 +31,7 @@ MODELS: dict[str, Any] = {
         experts=Experts(count=4, size=12, shared_size=9, aux_loss=0.1, bias_rate=0.01, first_dense=1),
     ),
     "window": DecoderConfig(**DECODER, ffn_size=40, sliding_window=5, parallel_block=True),
+    "parallel": DecoderConfig(**DECODER, ffn_size=40, parallel_block=True),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_layers=4, hidden_size=32, n_heads=4, ffn_size=40, max_position=LENGTH),
     "neox": NeoXConfig(vocab_size=VOCABULARY, n_layers=4, hidden_size=32, n_heads=4, ffn_size=40),
 }

@@ -41,6 +41,7 @@ PASSES = {
     "host": Pass(axes=TWO, random=11, saved=Offload(to="host", last=0, least_bytes=0)),
     "host-cached": Pass(axes=TWO, random=12, servers=CACHED, saved=Offload(to="host", last=0, least_bytes=0)),
     "cp": Pass(axes={"cp": 2}, random=13),
+    "uneven-halves": Pass(axes={"cp": 2}, random=19, micro=3),
     "cp-planned": Pass(axes={"cp": 2, "order": "contiguous"}),
     "four": Pass(axes={"dp_shard": 4}, random=14),
     "four-cached": Pass(axes={"dp_replicate": 4}, random=15, servers=CACHED),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lmworks.maths.softmax import attend_part, attend_part_backward, delta, merge, sums_in
 
-QUERIES = 512
-"""Of the plain form at a time: it writes a score for each pair."""
+SCORES = 1 << 26
+"""Of the plain form at a time: it writes one for each pair and head, in the type of sums."""
 
 
 class Run(NamedTuple):
@@ -123,9 +123,10 @@ _fused_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cp
 
 def _some(q_1NMh: Tensor, k_1GKh: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
     """Some queries at a time, how many keys the last of them sees, and which of these each one sees."""
-    queries, keys = q_1NMh.shape[2], k_1GKh.shape[2]
-    for start in range(0, queries, QUERIES):
-        stop = min(start + QUERIES, queries)
+    (_, heads, queries, _), keys = q_1NMh.shape, k_1GKh.shape[2]
+    most = max(1, SCORES // (heads * keys))
+    for start in range(0, queries, most):
+        stop = min(start + most, queries)
         last = torch.arange(keys - queries + start, keys - queries + stop, device=q_1NMh.device)
         seen = keys - queries + stop
         yield slice(start, stop), seen, (torch.arange(seen, device=last.device) <= last[:, None])[None, None]

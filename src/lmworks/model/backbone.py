@@ -148,7 +148,7 @@ class Backbone(nn.Module):
         self, batch: int, new: int, positions_BT: Tensor, documents_BT: Tensor | None, cache: KVCache | None
     ) -> Frame:
         """Tables and reaches, worked out once and shared by the blocks."""
-        if self.in_turns and batch > 1:
+        if self.in_turns and batch > 1 and cache is None:
             first = (batch + 1) // 2  # as torch's chunk
             parts = [None, None] if documents_BT is None else [documents_BT[:first], documents_BT[first:]]
             places = [positions_BT] * 2 if len(positions_BT) == 1 else [positions_BT[:first], positions_BT[first:]]

@@ -44,9 +44,9 @@ class Leg:
     """What is under way between two functions."""
 
     running: Running | None = None
-    came: list[Tensor] = field(default_factory=list)
+    came: list[tuple[Tensor, Lot]] = field(default_factory=list)
 
-    def take(self) -> list[Tensor]:
+    def take(self) -> list[tuple[Tensor, Lot]]:
         """Wait for it."""
         assert self.running is not None, "it was begun"
         self.running.wait()
@@ -68,25 +68,25 @@ class Way:
 
     def send_out(self, queries: Sequence[Tensor], keys: Sequence[Tensor], operation: str) -> None:
         """Begin to send rows of these tensors, each with an entry per token of this rank, to the servers."""
-        lots = [*((x, self.routes.queries) for x in queries), *((x, self.routes.keys) for x in keys)]
-        self._post(self.out, [(x[lot.rows], lot.sent, lot.came) for x, lot in lots], operation)
+        goods = [(x[lot.rows], lot) for x, lot in self._lots(queries, keys)]
+        self._post(self.out, goods, operation)
 
-    def arrived(self, queries: int) -> list[Tensor]:
-        """What came for this rank to compute with, the first so many by query, in the order of computing."""
-        queried, keyed = self.routes.queries, self.routes.keys
-        return [x[(queried if i < queries else keyed).order] for i, x in enumerate(self.out.take())]
+    def arrived(self) -> list[Tensor]:
+        """What came for this rank to compute with, in the order of computing."""
+        return [x[lot.order] for x, lot in self.out.take()]
 
     def send_home(self, queries: Sequence[Tensor], keys: Sequence[Tensor], operation: str) -> None:
         """Begin to send what was found by query or by key, in the order of computing, to the owners."""
-        lots = [*((x, self.routes.queries) for x in queries), *((x, self.routes.keys) for x in keys)]
-        self._post(self.home, [(x[lot.home], lot.came, lot.sent) for x, lot in lots], operation)
+        goods = [(x[lot.home], lot) for x, lot in self._lots(queries, keys)]
+        self._post(self.home, goods, operation, back=True)
 
-    def landed(self, queries: int) -> list[Tensor]:
-        """What was found for this rank's tokens, the first so many by query; by key, the sums over servers."""
-        queried, keyed = self.routes.queries, self.routes.keys
-        return [
-            self._placed(x, queried) if i < queries else self._summed(x, keyed) for i, x in enumerate(self.home.take())
-        ]
+    def landed(self) -> list[Tensor]:
+        """What was found for this rank's tokens; by key, the sums over servers."""
+        queries = self.routes.queries
+        return [self._placed(x, lot) if lot is queries else self._summed(x, lot) for x, lot in self.home.take()]
+
+    def _lots(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[tuple[Tensor, Lot]]:
+        return [*((x, self.routes.queries) for x in queries), *((x, self.routes.keys) for x in keys)]
 
     def _placed(self, x: Tensor, lot: Lot) -> Tensor:
         """Each token's row stands in one place: its query has one server."""
@@ -101,16 +101,17 @@ class Way:
             whole[rows] += part
         return whole.to(x.dtype)
 
-    def _post(self, leg: Leg, goods: Sequence[tuple[Tensor, Sequence[int], Sequence[int]]], operation: str) -> None:
-        """Begin an exchange of rows, each in runs by rank; a rank's own rows are copied."""
+    def _post(self, leg: Leg, goods: Sequence[tuple[Tensor, Lot]], operation: str, *, back: bool = False) -> None:
+        """Begin an exchange of rows in runs by rank; a rank's own rows are copied. `back`: from servers to owners."""
         here, sent, received = self.wire.place(AXIS), [], []
-        for x, leaving, coming in goods:
+        for x, lot in goods:
+            leaving, coming = (lot.came, lot.sent) if back else (lot.sent, lot.came)
             whole = x.new_empty((sum(coming), *x.shape[1:]))
             parts, blanks = torch.split(x, list(leaving)), torch.split(whole, list(coming))
             blanks[here].copy_(parts[here])
             sent += [Sent(part, to, operation) for to, part in enumerate(parts) if to != here and len(part)]
             received += [(blank, of) for of, blank in enumerate(blanks) if of != here and len(blank)]
-            leg.came.append(whole)
+            leg.came.append((whole, lot))
         leg.running = self.wire.begin_swap(sent, received, AXIS)
 
 
@@ -169,7 +170,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = ctx.back.landed(1)
+        dq, dk, dv = ctx.back.landed()
         return dq, dk, dv, None, None
 
 
@@ -177,7 +178,7 @@ class _Serve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, way: Way, back: Way) -> Tensor:
         ctx.back, cached = back, way.keep == "cache"
-        q, k, v = way.arrived(1)
+        q, k, v = way.arrived()
         out, lse = attend_runs(q, k, v, way.routes.runs)
         way.send_home((out,) if cached else (out, lse), (), "from servers")
         ctx.save_for_backward(*((out, lse, q, k, v) if cached else ()))
@@ -188,7 +189,7 @@ class _Serve(torch.autograd.Function):
     def backward(ctx: Any, dtoken: Tensor) -> tuple[Tensor | None, ...]:
         back: Way = ctx.back
         cached = back.keep == "cache"
-        dout, *came = back.arrived(1 if cached else 4)
+        dout, *came = back.arrived()
         out, lse, q, k, v = ctx.saved_tensors if cached else came
         found = attend_runs_backward(q, k, v, back.routes.runs, out_MNh=out, lse_MN=lse, dout_MNh=dout)
         dq, dk, dv = (x.to(q.dtype) for x in found)
@@ -200,7 +201,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, way: Way, back: Way, *own: Tensor) -> Tensor:
         ctx.back, ctx.own = back, len(own)
-        out, *lse = way.landed(1 if way.keep == "cache" else 2)
+        out, *lse = way.landed()
         ctx.save_for_backward(*((out, *lse, *own) if own else ()))
         return out
 

@@ -20,6 +20,8 @@ used, both of this rank's part of the coarser state:
     copies      2 f s, once
 
 In a pipeline every micro-batch's sums are made once, with the last one. What travels as codes `parcels.py` counts.
+
+What ranks that serve each other's attention send hangs on the documents: `dispatch.sent` tells it of a plan.
 """
 
 from __future__ import annotations
