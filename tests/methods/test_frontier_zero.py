@@ -84,6 +84,8 @@ def test_uneven_nodes_share_inside_of_them_and_say_so(ranks: int, sets: list[str
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
+        (["layout.ranks=8"], r"layout\.ranks: is 8, but 4 were started"),
+        (["layout.feedback=1.5"], r"layout\.feedback"),
         (["layout.pair=3"], r"layout\.pair: 3 does not divide node = 4\. Legal: 1, 2, 4"),
         (["layout.pair=1", "layout.weights_as=int8"], "layout.weights_as: has no effect: with pair = 1"),
         (["layout.pair=1", "layout.secondary=node"], "layout.secondary: has no effect: with pair = 1"),

@@ -49,9 +49,10 @@ def test_zero_plus_plus_on_uneven_nodes_says_so_too() -> None:
     [
         (["layout.qwz=false", "layout.hpz=false", "layout.qgz=false"], "which is ZeRO-3. Turn one on"),
         (["layout.qwz=false", "layout.qgz=false", "layout.block=64"], "layout.block: has no effect"),
+        (["layout.ranks=8"], r"layout\.ranks: is 8, but 16 were started"),
         (["layout.qgz=false", "layout.feedback=0.5"], "layout.feedback: has no effect without qgz"),
     ],
 )
-def test_switches_that_are_off_leave_no_settings(sets: list[str], told: str) -> None:
+def test_settings_without_effect_and_other_ranks_are_refused(sets: list[str], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         settle(plus(*sets), 16)

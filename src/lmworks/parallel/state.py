@@ -28,7 +28,7 @@ from itertools import pairwise
 from typing import Any, Literal, final
 
 from lmworks.core.errors import Problem
-from lmworks.core.recipe import NonNegativeFloat, PositiveInt
+from lmworks.core.recipe import Fraction, PositiveInt
 
 STATE_AXES = ("weights", "gradients", "optimizer", "copies", "secondary")
 """Axes that a placement of states adds to those of a layout."""
@@ -64,7 +64,7 @@ class StatePlacement:
     """In what gradients travel with every micro-batch. 'plain': float32."""
     block: PositiveInt = BLOCK
     """Values that share a scale, where something travels as int4 or int8. Fewer are more exact, above all in int4."""
-    feedback: NonNegativeFloat = 0.0
+    feedback: Fraction = 0.0
     """Share of what rounding took from a gradient that is added to the next one; 0 is off."""
 
     def degree(self, name: str, ranks: int) -> int:

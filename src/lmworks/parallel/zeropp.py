@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
-from lmworks.core.errors import Problem
-from lmworks.core.recipe import NonNegativeFloat, PositiveInt
+from lmworks.core.errors import Problem, RecipeError
+from lmworks.core.recipe import Fraction, PositiveInt
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import BLOCK, StatePlacement
 
@@ -35,7 +35,7 @@ class ZeroPlusPlus(Arrangement):
     """Gradients travel as int4, inside the node and then across."""
     block: PositiveInt = BLOCK
     """Values that share a scale."""
-    feedback: NonNegativeFloat = 0.0
+    feedback: Fraction = 0.0
     """Share of what codes missed of a gradient that is added to the next one; 0 is off."""
 
     @property
@@ -54,7 +54,8 @@ class ZeroPlusPlus(Arrangement):
             yield Problem(path="feedback", text="has no effect without qgz")
 
     def settle(self, world: int, recipe: Any) -> Layout:
-        """The plain layout."""
+        """The plain layout. Raises RecipeError where other ranks are asked for."""
+        must_be(world, self.ranks)
         if world == 1:
             return Layout(dp_shard=1)
         if self._uneven(world):
@@ -76,6 +77,13 @@ class ZeroPlusPlus(Arrangement):
 
     def _uneven(self, world: int) -> bool:
         return world > self.node and world % self.node > 0
+
+
+def must_be(world: int, ranks: int | None) -> None:
+    """Raises RecipeError where a layout asks for other ranks than were started."""
+    if ranks not in (None, world):
+        text = f"is {ranks}, but {world} were started. Leave it out, or: lmworks launch RECIPE --local {ranks}"
+        raise RecipeError([Problem(path="layout.ranks", text=text)])
 
 
 def whole_nodes(world: int, node: int) -> Layout:

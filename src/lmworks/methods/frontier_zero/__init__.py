@@ -116,10 +116,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from lmworks.core.errors import LmworksError, Problem, RecipeError
-from lmworks.core.recipe import NonNegativeFloat, PositiveFloat, PositiveInt
+from lmworks.core.recipe import Fraction, PositiveFloat, PositiveInt
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import BLOCK, StatePlacement
-from lmworks.parallel.zeropp import note_of, whole_nodes
+from lmworks.parallel.zeropp import must_be, note_of, whole_nodes
 
 
 @final
@@ -141,7 +141,7 @@ class FrontierZero(Arrangement):
     """In what gradients travel inside the node, with every micro-batch."""
     block: PositiveInt = BLOCK
     """Values that share a scale."""
-    feedback: NonNegativeFloat = 0.0
+    feedback: Fraction = 0.0
     """Share of what codes missed of a gradient that is added to the next one; 0 is off."""
     memory_gib: PositiveFloat = 59.6
     """What a rank has for weights, gradients and optimizer state, GiB. A die of an MI250X has 64 GB."""
@@ -164,7 +164,8 @@ class FrontierZero(Arrangement):
             yield Problem(path="pair", text=f"{self.pair} does not divide node = {self.node}. Legal: {legal}")
 
     def settle(self, world: int, recipe: Any) -> Layout:
-        """The plain layout. Raises RecipeError where a rank's state is above `memory_gib`."""
+        """The plain layout. Raises RecipeError for other ranks than `ranks`, and for state above `memory_gib`."""
+        must_be(world, self.ranks)
         if world == 1:
             return Layout(dp_shard=1)
         if self._uneven(world):
