@@ -1,0 +1,1 @@
+"""What fits, how long a step takes and what a run costs, before it is started."""
