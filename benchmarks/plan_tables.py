@@ -9,11 +9,14 @@ A row counts as reproduced within 10 %. Exit 0: all are; 4: some are not, and th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_file
 import numpy as np
 import tomli_w
 
@@ -22,8 +25,9 @@ from lmworks.methods import megatron
 from lmworks.parallel.layout import Layout
 from lmworks.plan import cluster as clusters
 from lmworks.plan import simulate
-from lmworks.plan.cluster import Cluster, Efficiency, Point
+from lmworks.plan.cluster import Cluster, Efficiency, Figure, Point
 from lmworks.plan.shape import Choice, Ground
+from lmworks.plan.time import Seconds
 from lmworks.plan.work import Practice, Work
 
 WITHIN = 0.10
@@ -33,11 +37,11 @@ MEGATRON = Practice(square=True, scores_in_memory=True, data_overlaps=False, gra
 """Megatron-LM in 2021: no fused attention, gradients in 16 bits summed behind the last micro-batch."""
 
 
-def cluster_with(name: str, found: Efficiency | None = None) -> Cluster:
-    """A cluster, with another efficiency than its file's."""
-    cluster = clusters.load(name)
+def cluster_with(name: str, found: Efficiency | None = None, **figures: float) -> Cluster:
+    """A cluster, with another efficiency than its file's, and other figures."""
+    changed = {setting: Figure(value=value, source="the table") for setting, value in figures.items()}
+    cluster = dataclasses.replace(clusters.load(name), **changed)
     if found is not None:
-        cluster = dataclasses.replace(cluster)
         cluster.__dict__["efficiency"] = found  # a cached property of a frozen dataclass
     return cluster
 
@@ -95,38 +99,101 @@ def megatron_row(row: megatron.Row, cluster: Cluster, practice: Practice = MEGAT
     seconds = simulate.of_choice(work, megatron_choice(row, recipe)).seconds
     flops = row.seconds * row.gpus * row.teraflops * 1e12
     modelled = flops / (row.gpus * seconds.total) / 1e12
+    return _row(row.name, row.teraflops, modelled, seconds)
+
+
+# --- TorchTitan -------------------------------------------------------------------------------------------------------
+
+GRAND_TETON = {"memory_bytes": 96 * 2.0**30, "memory_bytes_per_second": 2.4e12}
+"""TorchTitan's H100 (its benchmarks/llama3_h100_202412_torchtitan.md): 96 GB of HBM2e, and a limit of 500 W."""
+PRODUCTS = {"use": "recompute", "keep": "products"}
+GATHERS = "Float8 halves its gathers over tp, which the model sends in 16 bits; the rest is not known"
+ASYNC = Practice(tensor_overlaps=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TitanRow:
+    """A row of TorchTitan's table of December 2024: Llama 3.1, rows of 8,192 tokens, compiled."""
+
+    name: str
+    size: str
+    layout: Layout
+    rows: int
+    own: int
+    """Rows of a rank in a step."""
+    tokens: float
+    """Per second and GPU, as published."""
+    precision: str = "float8"
+    saved: Any = "recompute"
+    practice: Practice = dataclasses.field(default_factory=Practice)
+    used: bool = False
+    why: str = ""
+    """What the model leaves out here, where it is known."""
+
+
+FSDP = {"size": "llama-3-8b", "rows": 2, "own": 2, "saved": PRODUCTS}
+TP = Layout(dp_shard=32, tp=8, sequence_parallel=True)
+PP = Layout(pp=8, dp_shard=8, tp=8, sequence_parallel=True)
+INTERLEAVED = dataclasses.replace(PP, schedule="interleaved-1f1b", stages_per_rank=2)
+MIDDLE = {"size": "llama-3-70b", "rows": 16, "own": 16, "layout": TP}
+BIG = {"size": "llama-3.1-405b", "rows": 4, "own": 32, "practice": ASYNC}
+TITAN_ROWS = (
+    TitanRow(name="8B, FSDP 8", layout=Layout(dp_shard=8), tokens=6667, precision="bf16", used=True, **FSDP),
+    TitanRow(name="8B, FSDP 8, Float8", layout=Layout(dp_shard=8), tokens=8532, used=True, **FSDP),
+    TitanRow(name="8B, FSDP 128", layout=Layout(dp_shard=128), tokens=6514, precision="bf16", **FSDP),
+    TitanRow(name="8B, FSDP 128, Float8", layout=Layout(dp_shard=128), tokens=8380, **FSDP),
+    TitanRow(
+        name="70B, FSDP 32, TP 8, Float8", size="llama-3-70b", rows=16, own=16, layout=TP, tokens=829, why=GATHERS
+    ),
+    TitanRow(name="70B, the same, AsyncTP", size="llama-3-70b", rows=16, own=16, layout=TP, tokens=876, practice=ASYNC),
+    TitanRow(name="405B, FSDP 8, TP 8, PP 8, 1F1B, Float8, AsyncTP", layout=PP, tokens=100, **BIG),
+    TitanRow(name="405B, the same, interleaved", layout=INTERLEAVED, tokens=128, **BIG),
+)
+
+
+def titan_row(row: TitanRow, efficiency: Efficiency | None = None) -> dict[str, Any]:
+    """Modelled tokens per second and GPU. A pipeline's micro-batch is a row's share of its ranks, TorchTitan's default
+    of as many micro-batches as ranks."""
+    batch = row.own * row.layout.size("batch")
+    recipe = recipe_of({"size": row.size}, 8192, batch, precision=row.precision, saved=row.saved)
+    work = Work(Ground(recipe, cluster_with("hgx-h100", efficiency, **GRAND_TETON)), row.practice)
+    choice = Choice(layout=row.layout, rows=row.rows, micro_batches=row.own // row.rows, saved=recipe.saved)
+    seconds = simulate.of_choice(work, choice).seconds
+    modelled = batch * 8192 / seconds.total / row.layout.ranks
+    return _row(row.name, row.tokens, modelled, seconds) | {"why": row.why}
+
+
+def _row(name: str, published: float, modelled: float, seconds: Seconds) -> dict[str, Any]:
     return {
-        "row": row.name,
-        "published": row.teraflops,
+        "row": name,
+        "published": published,
         "modelled": modelled,
-        "residual": modelled / row.teraflops - 1,
+        "residual": modelled / published - 1,
         "seconds": seconds.total,
-        "by_class": seconds.by_class(),
+        "by_class": {key: float(value) for key, value in seconds.by_class().items()},
     }
+
+
+# --- fits -------------------------------------------------------------------------------------------------------------
 
 
 def fitted(residuals: Callable[[Efficiency], Sequence[float]], start: tuple[float, float], source: str) -> Efficiency:
     """Gauss-Newton on (matrix, half_width) with residuals of logarithms; half_width stays at 0 or above."""
 
     def made(x: Any) -> Efficiency:
-        return Efficiency(matrix=float(x[0]), half_width=float(max(0.0, x[1])), source=source, fitted=True)
+        return Efficiency(matrix=float(x[0]), half_width=float(x[1]), source=source, fitted=True)
 
-    x = np.array(start)
-    for _ in range(12):
+    x, steps = np.array(start), np.diag([0.005, 1.0])
+    for _ in range(20):
         here = np.array(residuals(made(x)))
-        steps = np.array([0.005, 1.0])
-        slopes = np.stack(
-            [
-                (np.array(residuals(made(x + step))) - here) / size
-                for step, size in ((np.array([0.005, 0.0]), steps[0]), (np.array([0.0, 1.0]), steps[1]))
-            ],
-            axis=1,
-        )
-        change, *_ = np.linalg.lstsq(slopes, -here, rcond=None)
-        x = np.maximum(x + change, [0.05, 0.0])
-        if np.abs(change / np.array([1.0, 100.0])).max() < 1e-6:
+        slopes = [(np.array(residuals(made(x + step))) - here) / step.sum() for step in steps]
+        if x[1] == 0.0:  # on the border: only inwards
+            slopes[1] = np.minimum(slopes[1], 0.0) * 0.0
+        change, *_ = np.linalg.lstsq(np.stack(slopes, axis=1), -here, rcond=None)
+        before, x = x, np.maximum(x + change, [0.05, 0.0])
+        if np.abs((x - before) / [1.0, 100.0]).max() < 1e-6:
             break
-    return made(x)
+    return Efficiency(matrix=round(float(x[0]), 4), half_width=round(float(x[1]), 1), source=source, fitted=True)
 
 
 def fit_a100() -> Efficiency:
@@ -140,13 +207,30 @@ def fit_a100() -> Efficiency:
     source = "rows 1 to 4 of Megatron's weak-scaling table (arXiv 2104.04473): python benchmarks/plan_tables.py --fit"
     found = fitted(residuals, (0.66, 30.0), source)
     cluster = cluster_with("dgx-a100", found)
-    points = []
-    for number, row in enumerate(rows):
-        modelled = megatron_row(row, cluster)["modelled"]
-        points.append(Point(name=row.name, published=row.teraflops, modelled=round(modelled, 1), used=number < 4))
-    return dataclasses.replace(
-        found, matrix=round(found.matrix, 4), half_width=round(found.half_width, 1), points=tuple(points)
+    modelled = [megatron_row(row, cluster)["modelled"] for row in rows]
+    points = [
+        Point(name=row.name, published=row.teraflops, modelled=round(told, 1), used=number < 4)
+        for number, (row, told) in enumerate(zip(rows, modelled, strict=True))
+    ]
+    return dataclasses.replace(found, points=tuple(points))
+
+
+def fit_h100() -> Efficiency:
+    """To the two rows of TorchTitan's table on one node."""
+
+    def residuals(efficiency: Efficiency) -> list[float]:
+        return [float(np.log1p(titan_row(row, efficiency)["residual"])) for row in TITAN_ROWS if row.used]
+
+    source = (
+        "two rows of TorchTitan's table of December 2024 (8B, one node, bf16 and Float8), H100 of 500 W with 2.4 TB/s: "
+        "boards of 700 W reach more. python benchmarks/plan_tables.py --fit"
     )
+    found = fitted(residuals, (0.47, 100.0), source)
+    points = []
+    for row in TITAN_ROWS:
+        told = titan_row(row, found)
+        points.append(Point(name=row.name, published=row.tokens, modelled=round(told["modelled"], 1), used=row.used))
+    return dataclasses.replace(found, points=tuple(points))
 
 
 def write_fit(found: Efficiency, name: str) -> Path:
@@ -154,3 +238,83 @@ def write_fit(found: Efficiency, name: str) -> Path:
     path = recipes.recipes_folder() / clusters.FOLDER / "fits" / f"{name}.toml"
     path.write_text(tomli_w.dumps(dataclasses.asdict(found)), encoding="utf-8")
     return path
+
+
+# --- further claims ---------------------------------------------------------------------------------------------------
+
+GPT3 = {"layers": 96, "hidden": 12288, "tensor": 8, "pipeline": 12, "micro_batch": 1, "gpus": 96}
+
+
+def interleaving(cluster: Cluster) -> list[dict[str, Any]]:
+    """Figure 12's setting: 175B on 96 GPUs, interleaved (two layers a chunk) over plain, with and without dividing what
+    stages send."""
+    found = []
+    for batch in (12, 24, 36, 48, 60):
+        entry: dict[str, Any] = {"batch": batch}
+        for label, chunks, practice in (
+            ("plain", 1, MEGATRON),
+            ("interleaved", 4, MEGATRON),
+            ("interleaved, sent whole", 4, dataclasses.replace(MEGATRON, divided_sends=False)),
+        ):
+            row = megatron.Row(name="175B", chunks=chunks, batch=batch, teraflops=1.0, **GPT3)
+            entry[label] = megatron_row(row, cluster, practice)["modelled"]
+        entry["interleaving_gains"] = entry["interleaved"] / entry["plain"] - 1
+        entry["dividing_gains"] = entry["interleaved"] / entry["interleaved, sent whole"] - 1
+        found.append(entry)
+    return found
+
+
+def days() -> dict[str, float]:
+    """End-to-end estimates of the paper, by its formula and its published rates."""
+    return {
+        "GPT-3 175B, 300B tokens, 1024 GPUs at 140": megatron.training_days(
+            tokens=300e9, parameters=175e9, gpus=1024, flops_per_second=140e12
+        ),
+        "1T, 450B tokens, 3072 GPUs at 163": megatron.training_days(
+            tokens=450e9, parameters=megatron.WEAK_SCALING[-1].parameters, gpus=3072, flops_per_second=163e12
+        ),
+    }
+
+
+def main() -> int:
+    """Fit, or model the tables and write a record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fit", action="store_true", help="fit, and write recipes/clusters/fits/")
+    parser.add_argument("--dry", action="store_true", help="write no record")
+    asked = parser.parse_args()
+    if asked.fit:
+        for name, found in (("a100", fit_a100()), ("h100", fit_h100())):
+            print(write_fit(found, name))
+        return 0
+    cluster = clusters.load("dgx-a100")
+    tables = {
+        "megatron, TFLOP/s per GPU": [megatron_row(row, cluster) for row in megatron.WEAK_SCALING],
+        "torchtitan, tokens/s per GPU": [titan_row(row) for row in TITAN_ROWS],
+    }
+    for title, table in tables.items():
+        print(title)
+        for row in table:
+            print(f"  {row['row']:<52}{row['published']:>9,.0f}{row['modelled']:>9,.0f}{100 * row['residual']:>8.1f} %")
+    outside = [row["row"] for table in tables.values() for row in table if abs(row["residual"]) > WITHIN]
+    record = evidence_file.head("plan_tables") | {
+        "grade": "modelled",
+        "tables": tables,
+        "interleaving": interleaving(cluster),
+        "days": days(),
+        "within": WITHIN,
+        "outside": outside,
+        "holds": not outside,
+    }
+    for entry in record["interleaving"]:
+        gains = (
+            f"{100 * entry['interleaving_gains']:.1f} %, dividing what is sent {100 * entry['dividing_gains']:.1f} %"
+        )
+        print(f"  batch {entry['batch']}: interleaving gains {gains}")
+    print("days", {name: round(value, 1) for name, value in record["days"].items()}, "outside:", outside or "none")
+    if not asked.dry:
+        print(evidence_file.write(record, evidence_file.FOLDER))
+    return 4 if outside else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -79,7 +79,7 @@ class Point:
     name: str
     """What was run."""
     published: float
-    """TFLOP/s of one device, as the source counts FLOPs."""
+    """A rate of one device in the source's unit: TFLOP/s as it counts them, or tokens per second."""
     modelled: float
     """The same by the planner with this fit."""
     used: bool

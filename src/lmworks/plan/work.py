@@ -1,8 +1,9 @@
 """Seconds and bytes of one micro-batch in one block, and of what stands around blocks: what steps are made of.
 
     compute   products at the fitted share of the peak; and what moves through memory between them: each byte that a
-              block saves for its backward pass is written once and read once. The backward pass takes both twice;
-              attention that keeps no scores takes its products two and a half times
+              block saves for its backward pass is written once and read once, each operand of a product in eight bits
+              read twice and written. The backward pass takes both twice; attention that keeps no scores takes its
+              products two and a half times
     tensor    exchanges over tp; nothing else runs meanwhile
     context   exchanges over cp; the rings hide behind attention, the collectives do not
     gather    weights before a block, over fsdp
@@ -45,6 +46,9 @@ class Practice:
     """Attention writes its scores to memory, as before fused kernels."""
     data_overlaps: bool = True
     """Gradients are summed while the last backward pass still runs."""
+    tensor_overlaps: bool = False
+    """Exchanges over tp go in pieces beside the products that make or take them (AsyncTP): waited for is what the
+    products do not hide, and one of tp pieces."""
     gradient_bytes: int = 4
     """What a value of a gradient takes when ranks sum it."""
     divided_sends: bool = False
@@ -106,7 +110,7 @@ class Work:
         tokens = choice.rows * ground.sequence // layout.cp
         products = sum(self._product(matrix, tokens, layout.tp) for matrix in ground.matrices[kind])
         attention = self._attention(layout, kind, tokens)
-        moved = self._moved(choice, kind, tokens)
+        moved = self._moved(choice, kind, tokens) + self._cast(kind, tokens, layout.tp)
         forth, back = self._context(layout, kind, tokens, attention)
         again = 3 if layout.sequence_parallel else 2
         gathers = self._data(choice, f"blocks.{kind}.")
@@ -115,9 +119,9 @@ class Work:
             backward=2 * products + (2.0 if self.practice.scores_in_memory else 2.5) * attention + 2 * moved,
             again=products + attention + moved,
             again_moved=moved,
-            tensor_forward=self._tensor(layout, tokens, 4, 2),
-            tensor_backward=self._tensor(layout, tokens, 4, 2),
-            tensor_again=self._tensor(layout, tokens, again, again / 2),
+            tensor_forward=self._beside(layout, self._tensor(layout, tokens, 4, 2), products),
+            tensor_backward=self._beside(layout, self._tensor(layout, tokens, 4, 2), 2 * products),
+            tensor_again=self._beside(layout, self._tensor(layout, tokens, again, again / 2), products),
             context_forward=forth,
             context_backward=back,
             away=self._away(choice, kind),
@@ -180,11 +184,26 @@ class Work:
             moved += 2.0 * SCORE_BYTES * mine.n_heads * self.ground.sequence
         return float(tokens * moved / self.memory)
 
+    def _cast(self, kind: int, tokens: int, tp: int) -> float:
+        """Operands of products in eight bits: read for their scale, read again, and written."""
+        if self.peak == self.plain_peak:
+            return 0.0
+        values = 0.0
+        for matrix in self.ground.matrices[kind]:
+            if not matrix.experts:
+                _, rows, columns = matrix.sides(tokens, tp)
+                values += columns * (tokens + rows)
+        return values * (2 * self.ground.value + 1) / self.memory
+
     def _tensor(self, layout: Layout, tokens: int, times: float, calls: float) -> float:
         """`times` f X of hidden states in so many all-reduces."""
         n = layout.tp
         hidden = tokens * self.ground.shape.hidden_size * self.ground.value
         return self.ring(layout, "tp").seconds(times * (n - 1) / n * hidden, calls) if n > 1 else 0.0
+
+    def _beside(self, layout: Layout, taken: float, products: float) -> float:
+        """What of an exchange over tp is waited for."""
+        return max(taken - products, taken / layout.tp) if self.practice.tensor_overlaps else taken
 
     def _context(self, layout: Layout, kind: int, tokens: int, attention: float) -> tuple[float, float]:
         if layout.cp == 1:
