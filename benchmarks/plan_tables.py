@@ -142,10 +142,8 @@ TITAN_ROWS = (
     TitanRow(name="8B, FSDP 8, Float8", layout=Layout(dp_shard=8), tokens=8532, used=True, **FSDP),
     TitanRow(name="8B, FSDP 128", layout=Layout(dp_shard=128), tokens=6514, precision="bf16", **FSDP),
     TitanRow(name="8B, FSDP 128, Float8", layout=Layout(dp_shard=128), tokens=8380, **FSDP),
-    TitanRow(
-        name="70B, FSDP 32, TP 8, Float8", size="llama-3-70b", rows=16, own=16, layout=TP, tokens=829, why=GATHERS
-    ),
-    TitanRow(name="70B, the same, AsyncTP", size="llama-3-70b", rows=16, own=16, layout=TP, tokens=876, practice=ASYNC),
+    TitanRow(name="70B, FSDP 32, TP 8, Float8", tokens=829, why=GATHERS, **MIDDLE),
+    TitanRow(name="70B, the same, AsyncTP", tokens=876, practice=ASYNC, why=GATHERS, **MIDDLE),
     TitanRow(name="405B, FSDP 8, TP 8, PP 8, 1F1B, Float8, AsyncTP", layout=PP, tokens=100, **BIG),
     TitanRow(name="405B, the same, interleaved", layout=INTERLEAVED, tokens=128, **BIG),
 )
