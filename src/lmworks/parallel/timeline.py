@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,10 @@ class Link:
     """From the last byte sent to its arrival."""
     bytes_per_second: float = math.inf
     """Bandwidth of one direction."""
+
+
+Links = Mapping[tuple[int, int], Link]
+"""The line from each rank to each that it sends to."""
 
 
 class Event(NamedTuple):
@@ -95,7 +99,7 @@ def simulate(
     forward_seconds: PerStage,
     backward_seconds: PerStage,
     input_share: float = 0.5,
-    link: Link | None = None,
+    link: Link | Links | None = None,
     boundary_bytes: float = 0.0,
     factors: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Timeline:
@@ -103,8 +107,9 @@ def simulate(
 
     Times are those of one micro-batch in one stage. `backward_seconds` is a whole backward pass, of which the gradient
     of the input takes `input_share`. What goes from stage to stage has `boundary_bytes` in each direction, and is there
-    at once without a `link` or between stages of one rank. `factors`: by how much each micro-batch's forward and its
-    backward seconds are those times more, where micro-batches are not alike.
+    at once without a `link` or between stages of one rank. `link`: one for all pairs of ranks, or one for each pair.
+    `factors`: by how much each micro-batch's forward and its backward seconds are those times more, where micro-batches
+    are not alike.
 
     Raises Deadlock when the order gets stuck, UsageError for times that are not those of its stages.
     """
@@ -135,13 +140,12 @@ class _Clock:
         self,
         order: Order,
         seconds: dict[Kind, list[float]],
-        link: Link | None,
+        link: Link | Links | None,
         nbytes: float,
         factors: tuple[Sequence[float], Sequence[float]],
     ) -> None:
         self.order, self.seconds, self.factors = order, seconds, factors
-        self.latency = link.latency_seconds if link is not None else 0.0
-        self.sending = nbytes / link.bytes_per_second if link is not None else 0.0
+        self.link, self.nbytes = link or Link(), nbytes
         self.done = [0] * len(order.ranks)
         """Actions behind each rank."""
         self.free = [0.0] * len(order.ranks)
@@ -180,9 +184,10 @@ class _Clock:
         target = self.order.holder.get(stage, rank)
         if target == rank:
             return end
-        sent = max(end, self.line_free.get((rank, target), 0.0)) + self.sending
+        link = self.link if isinstance(self.link, Link) else self.link[rank, target]
+        sent = max(end, self.line_free.get((rank, target), 0.0)) + self.nbytes / link.bytes_per_second
         self.line_free[rank, target] = sent
-        return sent + self.latency
+        return sent + link.latency_seconds
 
 
 def _needs(action: Action, stages: int) -> Iterator[_Result]:
