@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,10 @@ class Link:
     """From the last byte sent to its arrival."""
     bytes_per_second: float = math.inf
     """Bandwidth of one direction."""
+
+
+Links = Link | Mapping[tuple[int, int], Link]
+"""One line like all others, or by the rank that sends and the one that receives."""
 
 
 class Event(NamedTuple):
@@ -95,14 +99,14 @@ def simulate(
     forward_seconds: PerStage,
     backward_seconds: PerStage,
     input_share: float = 0.5,
-    link: Link | None = None,
+    link: Links | None = None,
     boundary_bytes: float = 0.0,
 ) -> Timeline:
     """Run an order on a clock.
 
     Times are those of one micro-batch in one stage. `backward_seconds` is a whole backward pass, of which the gradient
     of the input takes `input_share`. What goes from stage to stage has `boundary_bytes` in each direction, and is there
-    at once without a `link` or between stages of one rank.
+    at once without a `link` or between stages of one rank. Links by rank name every line that is used.
 
     Raises Deadlock when the order gets stuck, UsageError for times that are not those of its stages.
     """
@@ -128,10 +132,9 @@ def simulate(
 class _Clock:
     """The state of a simulation."""
 
-    def __init__(self, order: Order, seconds: dict[Kind, list[float]], link: Link | None, nbytes: float) -> None:
-        self.order, self.seconds = order, seconds
-        self.latency = link.latency_seconds if link is not None else 0.0
-        self.sending = nbytes / link.bytes_per_second if link is not None else 0.0
+    def __init__(self, order: Order, seconds: dict[Kind, list[float]], link: Links | None, nbytes: float) -> None:
+        self.order, self.seconds, self.nbytes = order, seconds, nbytes
+        self.link = Link() if link is None else link
         self.done = [0] * len(order.ranks)
         """Actions behind each rank."""
         self.free = [0.0] * len(order.ranks)
@@ -169,9 +172,10 @@ class _Clock:
         target = self.order.holder.get(stage, rank)
         if target == rank:
             return end
-        sent = max(end, self.line_free.get((rank, target), 0.0)) + self.sending
+        link = self.link if isinstance(self.link, Link) else self.link[rank, target]
+        sent = max(end, self.line_free.get((rank, target), 0.0)) + self.nbytes / link.bytes_per_second
         self.line_free[rank, target] = sent
-        return sent + self.latency
+        return sent + link.latency_seconds
 
 
 def _needs(action: Action, stages: int) -> Iterator[_Result]:

@@ -324,6 +324,7 @@ MOST_MICRO_BATCHES = 16
 def reduce_degrees(layout: Layout, most: int) -> tuple[Layout, list[str]]:
     """The layout on at most `most` ranks: degrees above 2 become 2, those first of which most is left."""
     said = []
+    layout = dataclasses.replace(layout, machines=None)  # all ranks are here
     for axis in ("dp_replicate", "dp_shard", "cp", "tp", "pp"):
         size = layout.size(axis)
         if layout.ranks > most and size > 2:
