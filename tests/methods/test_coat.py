@@ -23,8 +23,8 @@ from lmworks.model import ops
 from lmworks.model.backbone import Backbone
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
+from lmworks.parallel.footprint import predict
 from lmworks.parallel.layout import Layout
-from lmworks.train.footprint import predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW

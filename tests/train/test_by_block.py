@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
+from lmworks.model.sizes import BlockBytes
 from lmworks.train.by_block import ByBlock, Rule
 from lmworks.train.saved import Keep, Recompute
-from lmworks.train.slots import BlockBytes
 from tests.train import toy
 
 

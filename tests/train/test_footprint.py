@@ -17,13 +17,23 @@ from lmworks.model import ops
 from lmworks.model.decoder import DecoderConfig
 from lmworks.model.init import initialise
 from lmworks.parallel import gang
+from lmworks.parallel.footprint import (
+    CLASSES,
+    BlockBytes,
+    Footprint,
+    as_table,
+    described,
+    in_words,
+    listed,
+    peak_of,
+    predict,
+)
 from lmworks.parallel.layout import Layout
-from lmworks.train.footprint import CLASSES, Footprint, as_table, described, in_words, listed, peak_of, predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
 from lmworks.train.saved import Keep, Offload, Recompute
-from lmworks.train.slots import BlockBytes, Saved, combined, divisors
+from lmworks.train.slots import Saved, combined, divisors
 from tests.train import ranked, toy
 from tests.train.test_saved import loss_of
 

@@ -17,8 +17,8 @@ import torch
 from lmworks.core import catalogue
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import OutOfMemory
+from lmworks.parallel.footprint import Footprint, predict
 from lmworks.parallel.layout import Layout
-from lmworks.train.footprint import Footprint, predict
 from lmworks.train.shortage import Account, asked_by, changes, explained, free, is_shortage
 from tests.train import toy
 

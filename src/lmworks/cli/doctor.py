@@ -64,7 +64,8 @@ def _python() -> str:
 def _products() -> str:
     import torch
 
-    from lmworks.train.rate import bf16_is_fast, peak_flops
+    from lmworks.model.ops import bf16_is_fast
+    from lmworks.train.rate import peak_flops
 
     cpu = torch.device("cpu")
     rates = [

@@ -37,8 +37,8 @@ def train(
 
     decoded = recipes.load(recipe, verb="train", sets=set_ or [])
     if check:
+        from lmworks.parallel.footprint import described
         from lmworks.parallel.world import seat
-        from lmworks.train.footprint import described
 
         typer.echo(recipes.dump(decoded))
         typer.echo("\n".join(f"# {line}" for line in described(decoded, seat().world)))

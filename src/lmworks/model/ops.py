@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,3 +196,11 @@ def rotate(x_BTNh: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     wide = _wide(turned)
     out = torch.addcmul(wide * cos, wide.roll(width // 2, -1), sin).to(x_BTNh.dtype)
     return out if rest is None else torch.cat((out, rest), -1)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bf16 products have hardware of their own here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(word in flags.read_text() for word in ("avx512_bf16", "amx_bf16"))

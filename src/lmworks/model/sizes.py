@@ -41,6 +41,38 @@ class BlockSizes:
     """Width of the expert that every token uses besides; 0 = none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockBytes:
+    """What a block could keep of one micro-batch on one rank, in bytes, told from sizes."""
+
+    number: int
+    """Of the block in the whole model."""
+    whole: int
+    """All that autograd saves, its input included."""
+    entrance: int
+    """Its input alone."""
+    products: int
+    """What its linear layers and fused attention give."""
+    attention: int = 0
+    """What attention keeps between its products: queries, keys, values, their norms, scores and the result."""
+    tokens: int = 0
+    """Of the micro-batch on this rank."""
+    width: int = 0
+    """D, of the residual stream."""
+    sizes: BlockSizes | None = None
+    """Heads and feed-forward width, as this rank holds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that a policy holds in memory for one block and micro-batch."""
+
+    waiting: int
+    """From the end of its forward pass to the start of its backward pass."""
+    working: int
+    """On top of that while its backward pass is at work."""
+
+
 class Shape(Protocol):
     """What every model config can tell without building anything."""
 

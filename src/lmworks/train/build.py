@@ -17,18 +17,19 @@ from lmworks.data.packed import Prepared
 from lmworks.data.tokenizer import Tokenizer, load_tokenizer
 from lmworks.model.backbone import Backbone
 from lmworks.model.init import first_value
+from lmworks.model.ops import bf16_is_fast
 from lmworks.model.pieces import Box
 from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.apply import Placement, place
+from lmworks.parallel.footprint import predict
 from lmworks.parallel.layout import problems_of
 from lmworks.parallel.wire import Wire, alone
 from lmworks.train import precision
-from lmworks.train.footprint import predict
 from lmworks.train.ledger import Ledger
 from lmworks.train.memory import keep_freed_memory, return_freed_memory
 from lmworks.train.offload import TensorCache, hints
 from lmworks.train.probe import Probe
-from lmworks.train.rate import bf16_is_fast, memory_bytes
+from lmworks.train.rate import memory_bytes
 from lmworks.train.recipe import Train
 from lmworks.train.shortage import Account, explained
 from lmworks.train.step import Step

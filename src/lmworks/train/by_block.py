@@ -11,10 +11,11 @@ from torch import nn
 
 from lmworks.core.errors import LmworksError, Problem
 from lmworks.core.recipe import NonNegativeInt, Slot
+from lmworks.model.sizes import BlockBytes, Held
 from lmworks.train.ledger import Forward, Ledger
 from lmworks.train.offload import TensorCache
 from lmworks.train.saved import Keep, Offload
-from lmworks.train.slots import BlockBytes, Held, Saved
+from lmworks.train.slots import Saved
 
 FORM = 'numbers from 0 on and ranges, both ends included: "0-5, 8", "-3" for 0 to 3, "20-" for 20 and all behind it'
 _PART = re.compile(r"(?P<one>\d+)|(?P<first>\d*)\s*-\s*(?P<last>\d*)")

@@ -16,13 +16,13 @@ from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
 from lmworks.model.pieces import Pieces
 from lmworks.parallel import failure, world
+from lmworks.parallel.footprint import Footprint, in_words, listed, measured
 from lmworks.parallel.gather import gather
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
 from lmworks.train.energy import Meter
-from lmworks.train.footprint import Footprint, in_words, listed, measured
 from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train, may_differ
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped

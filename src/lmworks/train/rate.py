@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from pathlib import Path
 
 import psutil
 import torch
@@ -75,11 +74,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bf16 products have hardware of their own here."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and any(word in flags.read_text() for word in ("avx512_bf16", "amx_bf16"))

@@ -19,10 +19,10 @@ from lmworks.core.journal import Journal, rewind, rows
 from lmworks.core.recipe import table_of
 from lmworks.core.run import RunFolder, record_of
 from lmworks.model.pretrained import Pretrained
+from lmworks.parallel.footprint import Footprint, as_table
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
-from lmworks.train.footprint import Footprint, as_table
 from lmworks.train.rate import peak_memory_bytes
 from lmworks.train.sinks import Row, Writer
 

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from lmworks.core.errors import Problem
 from lmworks.core.home import home
 from lmworks.core.recipe import NonNegativeInt, PositiveInt, Slot
+from lmworks.model.sizes import BlockBytes, Held
 from lmworks.train import products
 from lmworks.train.backends import Disk, Host
 from lmworks.train.ledger import Forward, Ledger, counted_beside
 from lmworks.train.offload import Ahead, TensorCache, sent
-from lmworks.train.slots import BlockBytes, Held, Saved
+from lmworks.train.slots import Saved
 
 
 @final

@@ -23,8 +23,8 @@ import torch
 from lmworks.core import catalogue
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError, OutOfMemory
+from lmworks.parallel.footprint import WORDS, Footprint, as_table, in_words, predict
 from lmworks.parallel.layout import Layout, problems_of
-from lmworks.train.footprint import WORDS, Footprint, as_table, in_words, predict
 from lmworks.train.rate import memory_bytes
 from lmworks.train.recipe import may_differ
 

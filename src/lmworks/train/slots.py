@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
-from lmworks.model.sizes import BlockSizes
+from lmworks.model.sizes import BlockBytes, Held
 from lmworks.parallel.shard import local
 from lmworks.train.ledger import Forward, Ledger, counted
 
@@ -166,38 +166,6 @@ class Gradient(ABC):
     @abstractmethod
     def finish(self, parameters: Sequence[nn.Parameter], norm: Tensor) -> dict[str, Tensor]:
         """Change `.grad` in place. `norm` is the global norm as it came from the backward pass; returns metrics."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockBytes:
-    """What a block could keep of one micro-batch on one rank, in bytes, told from sizes."""
-
-    number: int
-    """Of the block in the whole model."""
-    whole: int
-    """All that autograd saves, its input included."""
-    entrance: int
-    """Its input alone."""
-    products: int
-    """What its linear layers and fused attention give."""
-    attention: int = 0
-    """What attention keeps between its products: queries, keys, values, their norms, scores and the result."""
-    tokens: int = 0
-    """Of the micro-batch on this rank."""
-    width: int = 0
-    """D, of the residual stream."""
-    sizes: BlockSizes | None = None
-    """Heads and feed-forward width, as this rank holds them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """Bytes that a policy holds in memory for one block and micro-batch."""
-
-    waiting: int
-    """From the end of its forward pass to the start of its backward pass."""
-    working: int
-    """On top of that while its backward pass is at work."""
 
 
 class Saved(ABC):

@@ -18,8 +18,9 @@ from lmworks.model.attention import Frame
 from lmworks.model.cache import BlockCache
 from lmworks.model.decoder import Block, DecoderConfig
 from lmworks.model.layers import Linear, SwiGLU, is_plain
+from lmworks.model.sizes import BlockBytes, Held
 from lmworks.train.ledger import Forward, Ledger
-from lmworks.train.slots import BlockBytes, Held, Saved
+from lmworks.train.slots import Saved
 
 
 @final

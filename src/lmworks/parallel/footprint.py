@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +27,13 @@ from torch import Tensor
 from lmworks.core.errors import LmworksError
 from lmworks.data.tokenizer import Bytes
 from lmworks.model.head import chunk_rows
-from lmworks.model.sizes import BlockSizes
+from lmworks.model.ops import bf16_is_fast
+from lmworks.model.sizes import BlockBytes, BlockSizes, Held
 from lmworks.model.tiles import MOST_KEYS, TILE, kept_scores
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.schedule import order
 from lmworks.parallel.shard import local
 from lmworks.parallel.traffic import held_stages, portions
-from lmworks.train.precision import compute_dtype
-from lmworks.train.rate import bf16_is_fast
-from lmworks.train.slots import BlockBytes, Saved
 
 CLASSES = ("weights", "gradients", "optimizer", "saved", "logits", "workspace")
 ROWS = ("o_proj.weight", "down_proj.weight")
@@ -44,6 +42,14 @@ BYTES = 257
 """Tokens of the tokenizer of bytes."""
 WEIGHT = 4
 """Bytes of a weight, of its gradient, and of a logit in the loss."""
+
+
+class Holds(Protocol):
+    """What of a policy for saved tensors is asked here."""
+
+    def held(self, blocks: Sequence[BlockBytes]) -> Sequence[Held] | None:
+        """What it holds for each block; None where it cannot tell."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int, document
     """
     shape = getattr(recipe.model, "shape", recipe.model)
     shape = dataclasses.replace(shape, vocab_size=vocabulary) if shape.vocab_size is None else shape
-    work = _Work.of(recipe, layout, shape, document)
+    work = MicroBatch.of(recipe, layout, shape, document)
     parts = portions(shape, layout, rank, sequence=work.sequence)
     trained = {name: part for name, part in parts.items() if not name.endswith("expert_bias")}
     stages = held_stages(shape, layout, rank, sequence=work.sequence)
@@ -111,7 +117,7 @@ def _bytes(shapes: Iterable[Sequence[int]]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class MicroBatch:
     """What a micro-batch is on one rank."""
 
     shape: Any
@@ -127,7 +133,7 @@ class _Work:
     """Tokens of a document, on average; None: as many as of a row."""
 
     @staticmethod
-    def of(recipe: Any, layout: Layout, shape: Any, document: float | None) -> _Work:
+    def of(recipe: Any, layout: Layout, shape: Any, document: float | None) -> MicroBatch:
         device = recipe.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,12 +141,12 @@ class _Work:
         if precision == "auto":
             precision = "bf16" if bf16_is_fast(torch.device(device)) else "fp32"
         own = recipe.batch_size // layout.size("batch")
-        return _Work(
+        return MicroBatch(
             shape=shape,
             layout=layout,
             sequence=recipe.data.sequence_length,
             rows=min(recipe.micro_batch_size or own, own),
-            value=compute_dtype(precision).itemsize,
+            value=WEIGHT if precision == "fp32" else 2,
             device=device,
             plain=device != "cpu",
             document=document,
@@ -259,7 +265,7 @@ def scores_of(sequence: int, window: int | None, document: float | None) -> floa
     return kept / sequence if kept <= MOST_KEYS * sequence else 0.0
 
 
-def _saved(recipe: Any, layout: Layout, rank: int, work: _Work) -> int | None:
+def _saved(recipe: Any, layout: Layout, rank: int, work: MicroBatch) -> int | None:
     """Bytes at the peak; None where the policy, or the compiler, does not tell."""
     if recipe.compile:
         return None
@@ -283,7 +289,7 @@ def _live(recipe: Any, layout: Layout, rank: int) -> float:
     return found.peak_live[layout.place(rank, "pp")] / layout.held
 
 
-def peak_of(saved: Saved, blocks: Sequence[BlockBytes], rest: int) -> int | None:
+def peak_of(saved: Holds, blocks: Sequence[BlockBytes], rest: int) -> int | None:
     """The most bytes of one micro-batch: at the end of the forward pass, or while some block's backward pass works."""
     held = saved.held(blocks)
     if held is None:
