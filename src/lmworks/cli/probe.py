@@ -82,7 +82,8 @@ def _flops(device: object) -> float:
     """FLOP/s of products on this rank, in the precision that training takes here."""
     import torch
 
-    from lmworks.train.rate import bf16_is_fast, peak_flops
+    from lmworks.model.ops import bf16_is_fast
+    from lmworks.train.rate import peak_flops
 
     assert isinstance(device, torch.device)
     return peak_flops(device, torch.bfloat16 if bf16_is_fast(device) else torch.float32)[0]

@@ -41,6 +41,8 @@ class Ground:
     """That go from stage to stage for a micro-batch, each way."""
     gradient_bytes: float
     """Of a rank's gradients, which go between machines once a step."""
+    rounds: float = 1.0
+    """How often a step waits for C: once in the paper's objective, m / p times in its time of a step."""
     rings: Literal["slowest", "first"] = "slowest"
     """Which stage's ring counts: the slowest of all, or the first stage's as the paper has it."""
 
@@ -88,7 +90,7 @@ class Ground:
 
     def seconds(self, order: Sequence[int]) -> float:
         """What a search makes small: C, and the exchange of gradients. Of the start of an order, no more than that."""
-        return self.slowest(order) + self.exchange(order)
+        return self.rounds * self.slowest(order) + self.exchange(order)
 
     def rows(self, order: Sequence[int]) -> tuple[Order, ...]:
         """The machines of each pipeline."""
