@@ -8,9 +8,15 @@ import numpy as np
 
 
 def seconds(order, bandwidth, *, stages, boundary, gradients, all_stages=True):
-    """C_pp + T_out, bandwidth as an array [from, to]."""
+    """C_pp + T_out, bandwidth as an array [from, to]; 2 S / bandwidth of a link is S / bandwidth of each way."""
     grid = np.array(order).reshape(-1, stages)
-    crossings = [sum(2 * boundary / bandwidth[row[k], row[k + 1]] for k in range(stages - 1)) for row in grid]
+    crossings = [
+        sum(
+            boundary / bandwidth[row[k], row[k + 1]] + boundary / bandwidth[row[k + 1], row[k]]
+            for k in range(stages - 1)
+        )
+        for row in grid
+    ]
     pipelines = len(grid)
     exchange = 0.0
     for k in range(stages if all_stages else 1):

@@ -102,6 +102,9 @@ SLOTS: dict[str, Shelf] = {
             "ranks": Part("parallel.layout:Layout", "ranks by axis: pipeline, data, context, tensor"),
             "tokenring": Part("methods.tokenring:TokenRing", "rows divided among ranks that pass queries round"),
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
+            "pipette": Part(
+                "methods.pipette.part:Pipette", "what takes least time on measured links, each machine placed"
+            ),
             "megatron": Part("methods.megatron:Megatron", "least tensor and pipeline parallelism that fits in memory"),
         },
         default="ranks",

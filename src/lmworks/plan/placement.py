@@ -63,12 +63,14 @@ class Ground:
         return self.machines // self.stages
 
     def crossing(self, pipeline: Sequence[int]) -> float:
-        """Seconds of a micro-batch there and back over the links of one pipeline: 2 S / bandwidth, summed."""
+        """Seconds of a micro-batch there and back over the links of one pipeline, summed."""
         return sum(self._hop(a, b) for a, b in pairwise(pipeline))
 
     def _hop(self, a: int, b: int) -> float:
-        late = self.latency_seconds[a][b] if self.latency_seconds is not None else 0.0
-        return 2 * (self.boundary_bytes / self.bytes_per_second[a][b] + late)
+        late = self.latency_seconds
+        there, back = self.bytes_per_second[a][b], self.bytes_per_second[b][a]
+        sending = self.boundary_bytes / there + self.boundary_bytes / back
+        return sending if late is None else sending + late[a][b] + late[b][a]
 
     def exchange(self, order: Sequence[int]) -> float:
         """Seconds of the ring that takes longest; only links whose two ends have a place count."""
