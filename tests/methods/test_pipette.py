@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import DataError, RecipeError
 from lmworks.methods.pipette import plans, ready
-from lmworks.methods.pipette.plans import terms
+from lmworks.methods.pipette.plans import ground_of, terms
 from lmworks.model.checkpoint import complete
 from lmworks.parallel import gang
 from lmworks.parallel.footprint import predict
@@ -283,10 +283,8 @@ def test_a_placed_plan_is_no_slower_than_the_launchers_order(seed: int) -> None:
     placed = {plan.layout.pp: plan for plan in planned(made, of, simulated=0)[0]}
     same = {plan.layout.pp: plan for plan in planned(made, alike, simulated=0)[0]}
     assert all(plan.placed.order == tuple(range(6)) for plan in same.values())
-    from lmworks.methods.pipette.plans import _ground
-
     for pp, plan in placed.items():
-        ground = _ground(of, plan.layout, terms(made, plan.layout, of, 2e10), 1)
+        ground = ground_of(of, plan.layout, terms(made, plan.layout, of, 2e10), 1)
         assert plan.placed.seconds <= ground.seconds(range(6)) + 1e-15
         assert plan.placed.seconds == pytest.approx(ground.seconds(plan.placed.order)), pp
 

@@ -119,7 +119,8 @@ class Network:
     ):
         """Fit it to R runs of F features and the bytes that each took."""
         x_RF = torch.tensor(runs_RF, dtype=torch.float32)
-        self._mean_F, self._spread_F = x_RF.mean(0), x_RF.std(0, correction=0).clamp(min=1e-6)
+        spread_F = x_RF.std(0, correction=0)
+        self._mean_F, self._spread_F = x_RF.mean(0), torch.where(spread_F > 0, spread_F, torch.ones_like(spread_F))
         y_R1 = torch.tensor(bytes_R, dtype=torch.float32)[:, None] / 1e6
         widths = (x_RF.shape[1], *WIDTHS, 1)
         with torch.random.fork_rng(devices=[]):

@@ -208,7 +208,7 @@ def _timed(recipe: Any, layout: Layout, links: Profile, *, flops: float, moves: 
     """A plan with its machines placed."""
     made = terms(recipe, layout, links, flops)
     own_share = links.ranks_per_machine // layout.tp
-    ground = _ground(links, layout, made, own_share)
+    ground = ground_of(links, layout, made, own_share)
     placed = _placed(ground, links, moves=moves, seed=seed)
     pipeline = Pipeline(
         ranks=layout.pp,
@@ -232,7 +232,7 @@ def _timed(recipe: Any, layout: Layout, links: Profile, *, flops: float, moves: 
     )
 
 
-def _ground(links: Profile, layout: Layout, made: Terms, own_share: int) -> Ground:
+def ground_of(links: Profile, layout: Layout, made: Terms, own_share: int) -> Ground:
     """What is sent between machines: of a rank's gradients each rank of the machine its part."""
     table = [[value or math.inf for value in row] for row in links.bytes_per_second]
     late = [[value or 0.0 for value in row] for row in links.latency_seconds]
@@ -263,7 +263,7 @@ def _on_the_clock(plan: Plan, recipe: Any, links: Profile, flops: float) -> Plan
     layout = plan.layout
     own = dataclasses.replace(recipe, micro_batch_size=plan.micro_batch)
     made = terms(own, layout, links, flops)
-    ground = _ground(links, layout, made, links.ranks_per_machine // layout.tp)
+    ground = ground_of(links, layout, made, links.ranks_per_machine // layout.tp)
     row = max(ground.rows(plan.placed.order), key=ground.crossing)
     lines = {
         (k, other): Link(
