@@ -21,6 +21,7 @@ from lmworks.cli import (
     generate,
     launch,
     methods,
+    plan,
     probe,
     prove,
     quickstart,
@@ -33,6 +34,7 @@ from lmworks.core.errors import LmworksError
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
     "train": train.train,
+    "plan": plan.plan,
     "rehearse": rehearse.rehearse,
     "launch": launch.launch,
     "probe": probe.probe,

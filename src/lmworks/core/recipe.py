@@ -228,6 +228,15 @@ def decode_part(slot: str, value: Any, *, source: str = "part") -> Any:
     return part
 
 
+def decode_as(cls: type, table: Table, *, source: str) -> Any:
+    """Decode a table into a dataclass that is no recipe, such as a cluster. Raises RecipeError with all problems."""
+    problems: list[Problem] = []
+    found = _dataclass(cls, table, "", problems, source)
+    if problems:
+        raise RecipeError(problems, source=source)
+    return found
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)

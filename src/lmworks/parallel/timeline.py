@@ -36,8 +36,8 @@ class Link:
     """Bandwidth of one direction."""
 
 
-Links = Link | Mapping[tuple[int, int], Link]
-"""One line like all others, or by the rank that sends and the one that receives."""
+Links = Mapping[tuple[int, int], Link]
+"""The line from each rank to each that it sends to."""
 
 
 class Event(NamedTuple):
@@ -99,14 +99,14 @@ def simulate(
     forward_seconds: PerStage,
     backward_seconds: PerStage,
     input_share: float = 0.5,
-    link: Links | None = None,
+    link: Link | Links | None = None,
     boundary_bytes: float = 0.0,
 ) -> Timeline:
     """Run an order on a clock.
 
     Times are those of one micro-batch in one stage. `backward_seconds` is a whole backward pass, of which the gradient
     of the input takes `input_share`. What goes from stage to stage has `boundary_bytes` in each direction, and is there
-    at once without a `link` or between stages of one rank. Links by rank name every line that is used.
+    at once without a `link` or between stages of one rank. `link`: one for all pairs of ranks, or one for each pair.
 
     Raises Deadlock when the order gets stuck, UsageError for times that are not those of its stages.
     """
@@ -132,9 +132,11 @@ def simulate(
 class _Clock:
     """The state of a simulation."""
 
-    def __init__(self, order: Order, seconds: dict[Kind, list[float]], link: Links | None, nbytes: float) -> None:
-        self.order, self.seconds, self.nbytes = order, seconds, nbytes
-        self.link = Link() if link is None else link
+    def __init__(
+        self, order: Order, seconds: dict[Kind, list[float]], link: Link | Links | None, nbytes: float
+    ) -> None:
+        self.order, self.seconds = order, seconds
+        self.link, self.nbytes = link or Link(), nbytes
         self.done = [0] * len(order.ranks)
         """Actions behind each rank."""
         self.free = [0.0] * len(order.ranks)

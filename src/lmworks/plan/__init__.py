@@ -1,1 +1,1 @@
-"""What fits, how long it takes and what it costs, before anything runs."""
+"""What fits, how long a step takes and what a run costs, before it is started."""
