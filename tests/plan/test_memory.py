@@ -30,13 +30,24 @@ def told(known: float, rest: float) -> Footprint:
     return Footprint(weights=int(known), gradients=0, optimizer=0, saved=int(rest), logits=0, workspace=0)
 
 
-@pytest.mark.parametrize("pp", [1, 2, 4])
-def test_the_heaviest_rank_is_the_heaviest_of_all(pp: int) -> None:
-    made = recipe(f"layout.pp={pp}", "batch_size=16", "micro_batch_size=2", "model.n_layers=4", "precision=fp32")
+@pytest.mark.parametrize("saved", ["keep", "recompute", "coat"])
+@pytest.mark.parametrize("blocks", [4, 5, 7])
+@pytest.mark.parametrize(("pp", "schedule"), [(1, "1f1b"), (2, "1f1b"), (4, "1f1b"), (4, "gpipe")])
+def test_the_heaviest_rank_is_the_heaviest_of_all(pp: int, schedule: str, blocks: int, saved: str) -> None:
+    sets = [f"layout.pp={pp}", f"model.n_layers={blocks}", f"saved.use={saved}"]
+    sets += ["batch_size=16", "micro_batch_size=2", "precision=fp32"]
+    made = recipe(*sets, *([f"layout.schedule={schedule}"] if pp > 1 else []))
     layout = made.layout.settle(2 * pp, made)
     rank, found = heaviest(made, layout, vocabulary=257)
     all_ranks = [predict(made, layout, each, vocabulary=257).total for each in range(layout.ranks)]
     assert found.total == max(all_ranks) == all_ranks[rank]
+
+
+def test_where_blocks_differ_every_place_is_asked() -> None:
+    sets = ["layout.pp=4", "model.n_layers=4", "model.ffn_size=[64, 64, 2048, 64]", "layout.split=[1, 1, 1, 1]"]
+    made = recipe(*sets, "batch_size=16", "micro_batch_size=2", "precision=fp32", "saved.use=keep")
+    rank, _ = heaviest(made, made.layout.settle(4, made), vocabulary=257)
+    assert rank == 2
 
 
 def test_parameters_and_state_are_those_of_a_real_model_to_the_byte() -> None:

@@ -11,6 +11,7 @@ Pipette's own way is a network on eleven numbers of a run. It knows nothing but 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from lmworks.core.errors import UsageError
-from lmworks.parallel.footprint import Footprint, predict
+from lmworks.parallel.footprint import Footprint, MicroBatch, predict
 from lmworks.parallel.layout import Layout
 
 PULL = 1e-3
@@ -37,14 +38,27 @@ def heaviest(recipe: Any, layout: Layout, *, vocabulary: int) -> tuple[int, Foot
     compiled blocks.
     """
     stride = layout.ranks // layout.pp
-    found = [
-        (place * stride, predict(recipe, layout, place * stride, vocabulary=vocabulary)) for place in range(layout.pp)
-    ]
+    ranks = [place * stride for place in _places(recipe, layout, vocabulary)]
+    found = [(rank, predict(recipe, layout, rank, vocabulary=vocabulary)) for rank in ranks]
     unknown = sorted({name for _, told in found for name, size in told.by_class().items() if size is None})
     if unknown:
         text = f"nobody can tell {', '.join(unknown)} of this recipe before it runs"
         raise UsageError(text, where="memory", legal="compile = false, and a saved policy that tells what it holds")
     return max(found, key=lambda pair: (pair[1].total, -pair[0]))
+
+
+def _places(recipe: Any, layout: Layout, vocabulary: int) -> Sequence[int]:
+    """Places of the pipeline of which one takes most. Where blocks and what they keep are alike the first one has the
+    most of them, and most micro-batches under way; the last one has the head."""
+    plain = layout.schedule in ("gpipe", "1f1b") and layout.split is None
+    if layout.pp <= 2 or not plain or len(set(recipe.model.blocks())) > 1:
+        return range(layout.pp)
+    shape = getattr(recipe.model, "shape", recipe.model)
+    shape = shape if shape.vocab_size is not None else shape.with_vocab(vocabulary)
+    first = MicroBatch.of(recipe, layout, shape, None).block(0)
+    held = recipe.saved.held([dataclasses.replace(first, number=number) for number in range(shape.n_layers)])
+    alike = held is not None and len({(block.waiting, block.working) for block in held}) == 1
+    return (0, layout.pp - 1) if alike else range(layout.pp)
 
 
 @final
