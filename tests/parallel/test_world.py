@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError, UsageError
+from lmworks.parallel import world
 from lmworks.parallel.launch import Launch, launch
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.world import Seat, machine, seated
@@ -68,6 +70,16 @@ def test_names_that_cannot_be(names: list[str], told: str) -> None:
     with pytest.raises(RecipeError) as refused:
         recipes.load("quickstart", verb="train", sets=sets)
     assert [str(problem) for problem in refused.value.problems] == [told]
+
+
+def test_two_processes_on_one_seat_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seat is taken by a process of another machine: the second one ends before it would wait for the others."""
+    store = torch.distributed.HashStore()  # noqa: TID251  (a store, no collective)
+    store.set("seat 1", "elsewhere 17")
+    monkeypatch.setattr(world, "_store", lambda: store)
+    told = pytest.raises(UsageError, match=rf"two processes take rank 1, on elsewhere and on {HOST}")
+    with told, world.connected(Seat(rank=1, world=2), torch.device("cpu")):
+        pass
 
 
 @pytest.mark.ranks

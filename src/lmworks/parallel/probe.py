@@ -74,11 +74,11 @@ def begin(
 
 def _begun(path: Path, machines: tuple[str, ...], facts: dict[str, Any]) -> str:
     """The profile to fill in, as JSON, or what is wrong with the one that is there."""
-    start = empty(machines, **facts)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return to_json(start)
     try:
+        start = empty(machines, **facts)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return to_json(start)
         there = read(path)
     except DataError as error:
         return error.what
@@ -163,7 +163,8 @@ class Probe:
         return LmworksError(
             f"nothing comes through {names}: the link is dead, or slower than {profile.message_bytes} bytes a minute",
             where="probe",
-            next_step=f"mend it, or leave a machine out; the same command goes on with what is in {self.path}",
+            next_step=f"mend it: the same command goes on with what is in {self.path}; or leave a machine out, and give "
+            "another --out",
         )
 
     def _measured(self, partner: int, size: int, *, first: bool) -> _Seen:

@@ -106,10 +106,11 @@ def connected(place: Seat, device: torch.device, *, patience: timedelta = TIMEOU
     if mine:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = _store()
-        if store.add(f"seat {place.rank}", 1) > 1:
-            raise UsageError(
-                f"two processes take rank {place.rank}", legal="machines of different names, one seat each"
-            )
+        mine_here = f"{platform.node()} {os.getpid()}"
+        there = store.compare_set(f"seat {place.rank}", "", mine_here).decode()
+        if there != mine_here:
+            text = f"two processes take rank {place.rank}, on {there.split()[0]} and on {platform.node()}"
+            raise UsageError(text, where="layout.machines", legal="machines of different names")
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=patience)
     elif dist.get_rank() != place.rank:
         raise UsageError("these ranks are connected already, in another order", where="layout.machines")
