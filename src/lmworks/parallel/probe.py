@@ -163,8 +163,8 @@ class Probe:
         return LmworksError(
             f"nothing comes through {names}: the link is dead, or slower than {profile.message_bytes} bytes a minute",
             where="probe",
-            next_step=f"mend it: the same command goes on with what is in {self.path}; or leave a machine out, and give "
-            "another --out",
+            next_step=f"mend it: the same command goes on with what is in {self.path}; or leave a machine out, and "
+            "give another --out",
         )
 
     def _measured(self, partner: int, size: int, *, first: bool) -> _Seen:
