@@ -106,6 +106,9 @@ SLOTS: dict[str, Shelf] = {
             "torchtitan": Part("methods.torchtitan:TorchTitan", "one to four dimensions over all ranks"),
             "frontier-zero": Part("methods.frontier_zero:FrontierZero", "states shared by pair, node and all ranks"),
             "zero++": Part("parallel.zeropp:ZeroPlusPlus", "ZeRO-3 that sends int8 weights and int4 gradients"),
+            "pipette": Part(
+                "methods.pipette.part:Pipette", "what takes least time on measured links, each machine placed"
+            ),
             "megatron": Part("methods.megatron:Megatron", "least tensor and pipeline parallelism that fits in memory"),
         },
         default="ranks",

@@ -245,7 +245,8 @@ METHODS: dict[str, Method] = {
         "Pipette: Automatic Fine-grained Large Language Model Training Configurator for Real-World Clusters",
         2024,
         "the layout and the rank placement for a cluster's measured links",
-        ("plan",),
+        ("layout", "plan"),
+        "methods.pipette",
     ),
     "prox": Method(
         "Programming Every Example: Lifting Pre-training Data Quality like Experts at Scale",

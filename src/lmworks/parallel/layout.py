@@ -107,6 +107,8 @@ class Layout(Arrangement):
     """Stages that each rank of the pipeline holds. Left out: 1; 2 where the schedule has several."""
     split: tuple[PositiveInt, ...] | None = None
     """Blocks of each stage, in order. Left out: the split whose dearest stage is cheapest, head counted."""
+    machines: tuple[str, ...] | None = None
+    """Names of the machines in the order of the ranks, as many ranks on each. Left out: in the launcher's order."""
     reshard: bool | None = None
     """Give a block's gathered weights back after its forward pass, and gather them again for the backward pass. Left
     out: true without a pipeline; false with one, where every micro-batch would gather anew."""
@@ -125,6 +127,7 @@ class Layout(Arrangement):
                 yield Problem(path=f"servers.{problem.path}".rstrip("."), text=problem.text)
 
     def _alone(self) -> Iterator[Problem]:
+        yield from self._machines()
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         for axis, names in OF_AXIS.items():
             for name in names if self.size(axis) == 1 else ():
@@ -149,6 +152,18 @@ class Layout(Arrangement):
             yield Problem(path="stages_per_rank", text="is 1, which is 1f1b; interleaved-1f1b takes 2 or more")
         if self.split is not None and len(self.split) != self.stages:
             yield Problem(path="split", text=f"has {len(self.split)} entries; this pipeline has {self.stages} stages")
+
+    def _machines(self) -> Iterator[Problem]:
+        """Machines that are named twice, or do not share the ranks."""
+        names = self.machines
+        if names is None:
+            return
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            text = f"names {', '.join(twice)} more than once" if twice else "names none. Leave it out"
+            yield Problem(path="machines", text=text)
+        elif self.settled and self.ranks % len(names):
+            yield Problem(path="machines", text=f"names {len(names)}, which cannot share {self.ranks} ranks alike")
 
     @property
     def held(self) -> int:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple, final
 
@@ -154,6 +154,12 @@ def order(schedule: str, *, ranks: int, micro_batches: int, stages_per_rank: int
     if legal_number != micro_batches:
         text = f"cannot order {micro_batches} micro-batches on {ranks} ranks"
         raise UsageError(text, where=where, legal=f"{legal_number} is the next larger number that it can")
+    return _ordered(schedule, ranks, micro_batches, held)
+
+
+@lru_cache(maxsize=256)
+def _ordered(schedule: str, ranks: int, micro_batches: int, held: int) -> Order:
+    """An order that can be: planners ask for the same ones again and again."""
     return Order(name=schedule, ranks=_from_torch(schedule, ranks, micro_batches, held))
 
 

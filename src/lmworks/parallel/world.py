@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ class Seat:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
+    """Ranks on this machine."""
 
     @property
     def first(self) -> bool:
@@ -51,7 +55,34 @@ def seat() -> Seat:
             next_step="start ranks with lmworks launch or torchrun, which set all of them",
         )
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
-    return Seat(rank=rank, world=world, local_rank=local_rank)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return Seat(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
+
+
+def machine(place: Seat, each: int) -> str:
+    """The name of a machine of `each` ranks: the host's, with a number behind it where a host counts as several."""
+    host = platform.node()
+    return host if place.local_world == each else f"{host}:{place.local_rank // each}"
+
+
+def seated(place: Seat, layout: Layout) -> Seat:
+    """The seat of this process where the layout says which machine holds which of its ranks, else as it is.
+
+    The launcher's numbers of machines may be others each time; names stay. Raises UsageError on a machine that the
+    layout does not name.
+    """
+    if layout.machines is None:
+        return place
+    each = layout.ranks // len(layout.machines)
+    name = machine(place, each)
+    if place.local_world % each or name not in layout.machines:
+        raise UsageError(
+            f"this machine is '{name}', with {place.local_world} ranks",
+            where="layout.machines",
+            legal=f"{each} ranks on each of {', '.join(layout.machines)}",
+            next_step="start the run there, or take machines out of the recipe's layout",
+        )
+    return dataclasses.replace(place, rank=layout.machines.index(name) * each + place.local_rank % each)
 
 
 def device_of(kind: str, place: Seat) -> torch.device:
@@ -64,15 +95,26 @@ def device_of(kind: str, place: Seat) -> torch.device:
 
 
 @contextmanager
-def connected(place: Seat, device: torch.device) -> Iterator[None]:
-    """The ranks can speak to each other inside. Does nothing for a single rank."""
+def connected(place: Seat, device: torch.device, *, patience: timedelta = TIMEOUT) -> Iterator[None]:
+    """The ranks can speak to each other inside. Does nothing for a single rank.
+
+    `patience`: how long each waits for another one. Raises UsageError when two processes take one rank.
+    """
     if place.world == 1:
         yield
         return
     mine = not dist.is_initialized()
     if mine:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(), rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+        store = _store()
+        mine_here = f"{platform.node()} {os.getpid()}"
+        there = store.compare_set(f"seat {place.rank}", "", mine_here).decode()
+        if there != mine_here:
+            text = f"two processes take rank {place.rank}, on {there.split()[0]} and on {platform.node()}"
+            raise UsageError(text, where="layout.machines", legal="machines of different names")
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=patience)
+    elif dist.get_rank() != place.rank:
+        raise UsageError("these ranks are connected already, in another order", where="layout.machines")
     try:
         yield
     finally:

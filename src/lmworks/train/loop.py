@@ -49,6 +49,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
         sink.must_be_installed()
     device = world.device_of(recipe.device, place)
     assert isinstance(recipe.layout, Layout), "settle leaves a layout"
+    place = world.seated(place, recipe.layout)
     with world.connected(place, device):
         wire = world.wire(recipe.layout, place)
         path = Path(wire.told(str(fresh(path) if resume == "never" else path)))

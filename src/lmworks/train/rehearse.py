@@ -348,6 +348,7 @@ MOST_MICRO_BATCHES = 16
 def reduce_degrees(layout: Layout, most: int) -> tuple[Layout, list[str]]:
     """The layout on at most `most` ranks: degrees above 2 become 2, those first of which most is left."""
     said = []
+    layout = dataclasses.replace(layout, machines=None)  # all ranks are here
     if layout.state is not None and layout.ranks > most:
         ranks, cp = layout.size("fsdp"), min(layout.cp, 2)
         state, fewer = states.smaller(layout.state, ranks)
