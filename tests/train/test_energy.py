@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmworks.core import recipe as recipes
+from lmworks.core.energy.footprint import Range
+from lmworks.core.energy.grid import in_words
 from lmworks.core.errors import RecipeError
 from lmworks.core.journal import rows
-from lmworks.maths.footprint import Range
 from lmworks.model.checkpoint import complete
 from lmworks.parallel.gang import run as on_ranks
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.parallel.world import Seat, wire
-from lmworks.train.energy import COST, FIELDS, PHASES, Meter, Metering, bill_of, in_words, told, total
+from lmworks.train.energy import COST, FIELDS, PHASES, Meter, Metering, bill_of, told, total
 from lmworks.train.loop import run
 from lmworks.train.sensors import Modelled, NvmlEnergy, constant
 from tests.train import toy

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmworks.core.devices import cpu_tdp, gpu_watts, named, this_cpu
-from lmworks.maths.footprint import Range
+from lmworks.core.energy.devices import cpu_tdp, gpu_watts, named, this_cpu
+from lmworks.core.energy.footprint import Range
 from lmworks.train.sensors import (
     Modelled,
     NvmlEnergy,

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from annotated_types import Ge
 
-from lmworks.core.errors import Problem, UsageError
-from lmworks.core.grid import (
+from lmworks.core.energy.footprint import Estimate, Range, kwh_of, of_energy
+from lmworks.core.energy.grid import (
     Basis,
     Intensity,
     Price,
@@ -29,8 +29,8 @@ from lmworks.core.grid import (
     price_of,
     pue_of,
 )
+from lmworks.core.errors import Problem, UsageError
 from lmworks.core.recipe import PositiveFloat, PositiveInt
-from lmworks.maths.footprint import Estimate, Range, kwh_of, of_energy
 from lmworks.train.sensors import Clock, Sensor, sensors
 
 PHASES = ("prepare", "train", "validate", "sample", "checkpoint", "idle", "lost")
@@ -339,17 +339,3 @@ def told(
         "not_counted": meter.lost(),
         "notes": list(meter.notes),
     }
-
-
-def in_words(facts: Mapping[str, Any]) -> str:
-    """One line for people: energy, carbon, method, place, year, PUE."""
-    kwh, kg, pue = facts["kwh"], facts["kg_co2e"], facts["pue"]["central"]
-    year = facts["year"] if facts["year"] is not None else "year not given"
-    flag = "" if facts["place_known"] else ", PLACE NOT KNOWN"
-    place = f"{facts['place']} {year}{flag}, {facts['g_per_kwh']['central']:.0f} g/kWh {facts['basis']}-based"
-    return f"{spread(kwh)} kWh {facts['method']}, {spread(kg)} kg CO2e ({place}, PUE {pue:g})"
-
-
-def spread(figures: Mapping[str, float]) -> str:
-    """A range for people: 1.2 (0.8 to 2)."""
-    return f"{figures['central']:.3g} ({figures['low']:.2g} to {figures['high']:.2g})"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lmworks.core.energy.grid import in_words
 from lmworks.core.errors import LmworksError
 from lmworks.core.events import Events
 from lmworks.core.files import sha256_of, write_json
@@ -22,7 +23,7 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
-from lmworks.train.energy import Account, in_words
+from lmworks.train.energy import Account
 from lmworks.train.footprint import Footprint, as_table
 from lmworks.train.rate import peak_memory_bytes
 from lmworks.train.sinks import Row, Writer

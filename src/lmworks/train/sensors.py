@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol
 import psutil
 import torch
 
-from lmworks.core.devices import cpu_tdp, gpu_watts, this_cpu
-from lmworks.core.grid import figures
-from lmworks.maths.footprint import NOTHING, Range
-from lmworks.maths.power import GAP, Counter, Integrator, cpu_watts, cpu_watts_of_share, memory_watts
+from lmworks.core.energy.devices import cpu_tdp, gpu_watts, this_cpu
+from lmworks.core.energy.footprint import NOTHING, Range
+from lmworks.core.energy.grid import figures
+from lmworks.core.energy.power import GAP, Counter, Integrator, cpu_watts, cpu_watts_of_share, memory_watts
 
 ZONES = Path("/sys/class/powercap")
 MOST_WATTS = 2000.0

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmworks.maths.footprint import Range, kwh_of
-from lmworks.maths.power import Counter, Integrator, cpu_watts, cpu_watts_of_share, dimms_of, memory_watts
+from lmworks.core.energy.footprint import Range, kwh_of
+from lmworks.core.energy.power import Counter, Integrator, cpu_watts, cpu_watts_of_share, dimms_of, memory_watts
 from tests.oracles import footprint as oracle
 
 PROFILES = json.loads((Path(__file__).parent / "processors.json").read_text(encoding="utf-8"))["profiles"]

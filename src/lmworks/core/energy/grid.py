@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from lmworks.core.energy.footprint import INTENSITIES, Range, grams_per_kwh
 from lmworks.core.errors import UsageError, did_you_mean
-from lmworks.maths.footprint import INTENSITIES, Range, grams_per_kwh
 
 FIGURES = Path(__file__).parent / "figures"
 Basis = Literal["location", "market"]
@@ -61,7 +61,7 @@ class Price:
 
 @cache
 def figures(name: str) -> dict[str, Any]:
-    """A table of `core/figures/`, by the file's name without its ending."""
+    """A table of `figures/`, by the file's name without its ending."""
     return tomllib.loads((FIGURES / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -167,3 +167,20 @@ def quantity(text: str, units: Iterable[str], *, what: str) -> tuple[float, str]
         problem = "has no unit" if not unit.strip() else f"has the unit '{unit.strip()}'{did_you_mean(unit, units)}"
         raise UsageError(f"'{text}' {problem}", legal=legal)
     return value, unit.strip()
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """The energy facts of a record in one line: energy, carbon, method, place, year, PUE."""
+    kwh, kg, pue = facts["kwh"], facts["kg_co2e"], facts["pue"]["central"]
+    year = facts["year"] if facts["year"] is not None else "year not given"
+    flag = "" if facts["place_known"] else ", PLACE NOT KNOWN"
+    place = f"{facts['place']} {year}{flag}, {facts['g_per_kwh']['central']:.0f} g/kWh {facts['basis']}-based"
+    return f"{spread(kwh)} kWh {facts['method']}, {spread(kg)} kg CO2e ({place}, PUE {pue:g})"
+
+
+def spread(figures: Mapping[str, float]) -> str:
+    """A range for people: 1.2 (0.8 to 2)."""
+    return f"{figures['central']:.3g} ({figures['low']:.2g} to {figures['high']:.2g})"

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmworks.core.grid import figures
-from lmworks.maths.footprint import (
+from lmworks.core.energy.footprint import (
     NOTHING,
     Made,
     Range,
@@ -26,6 +25,7 @@ from lmworks.maths.footprint import (
     of_energy,
     training_flops,
 )
+from lmworks.core.energy.grid import figures
 from tests.oracles import footprint as oracle
 
 RUNS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lmworks.core.grid import figures
-from lmworks.maths.footprint import Range
+from lmworks.core.energy.footprint import Range
+from lmworks.core.energy.grid import figures
 
 CPU_INFO = Path("/proc/cpuinfo")
 MOST_THREADS = 384

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from lmworks.maths.footprint import Range
+from lmworks.core.energy.footprint import Range
 
 GAP = 5.0
 """Sampling periods without a sample beyond which nothing is integrated: the machine slept, or the sampler did."""
