@@ -30,7 +30,7 @@ def card_of(
         "source": f"`{source}`",
     }
     facts |= _results(run) if run is not None else {}
-    facts |= {"energy and CO2": in_words(energy)} if energy is not None else {}
+    facts |= {"energy and CO2 of the run": in_words(energy)} if energy is not None else {}
     parts = [
         "\n".join([*head, "---"]),
         f"# {name}",
