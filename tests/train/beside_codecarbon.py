@@ -1,6 +1,6 @@
 """Our meter and codecarbon's tracker side by side in one process, at the same load, design power and intensity.
 
-python beside_codecarbon.py SECONDS FOLDER: prints {"ours": {kwh, kg, seconds}, "theirs": the same} as JSON. Both with PUE in the kWh.
+python beside_codecarbon.py SECONDS FOLDER: prints {"ours": {kwh, kg, seconds}, "theirs": ...} as JSON, PUE in the kWh.
 """
 
 from __future__ import annotations

@@ -76,12 +76,23 @@ class Slow:
 def test_readings_take_a_thousandth_of_the_time_at_most() -> None:
     clock = Clock()
     sensor = Slow(clock)
-    meter = Meter([sensor], clock=clock)
+    meter = Meter([sensor], clock=clock, period=10.0)
     for _ in range(2000):
         with meter.phase("train"):
             clock.now += 0.1
     assert sensor.asked > 10
     assert 0.01 * sensor.asked <= 1.1 * COST * clock.now + 0.01
+
+
+def test_slow_readings_come_often_enough_not_to_be_taken_for_sleep() -> None:
+    clock = Clock()
+    slow, even = Slow(clock), Modelled("even", constant(Range.exact(10.0)), period=1.0, clock=clock)
+    meter = Meter([slow, even], clock=clock, period=1.0)
+    for _ in range(100):
+        clock.now += 1.0
+        meter.read()
+    assert meter.lost() == {}
+    assert total(meter.account())[1] == pytest.approx(10 * clock.now + slow.asked, rel=0.05)
 
 
 class Broken:

@@ -111,20 +111,20 @@ def test_a_board_without_a_counter_is_sampled() -> None:
 def test_the_load_model_over_a_quiet_and_a_busy_second() -> None:
     clock, times = Clock(), [0.0, 0.0]
     watts = by_load(Range.exact(200.0), lambda: (times[0], times[1]))
-    sensor = Modelled("processors", watts, period=1.0, clock=clock)
+    sensor = Modelled("processors", watts, clock=clock)
     assert sensor.joules().central == 0.0
     clock.now, times[1] = 1.0, 2.0
     assert sensor.joules().central == pytest.approx(20.0), "a tenth of the design power without load"
     clock.now, times[:] = 2.0, [2.0, 4.0]
     assert sensor.joules().central == pytest.approx(200.0)
     clock.now, times[1] = 60.0, 120.0
-    assert sensor.joules() == Range(0.0, 0.0, 0.0), "nothing over a gap"
-    assert sensor.lost() == {"gap_seconds": 58.0}
+    assert sensor.joules().central == pytest.approx(58 * 20.0), "processors say themselves how busy they were"
+    assert sensor.lost() == {}
 
 
 def test_a_process_pays_for_its_share() -> None:
     clock, spent = Clock(), [0.0]
-    sensor = Modelled("share", by_share(Range.exact(100.0), lambda: spent[0], 4), period=1.0, clock=clock)
+    sensor = Modelled("share", by_share(Range.exact(100.0), lambda: spent[0], 4), clock=clock)
     sensor.joules()
     clock.now, spent[0] = 1.0, 2.0
     assert sensor.joules().central == pytest.approx(50.0)
@@ -200,3 +200,6 @@ def test_a_sensor_that_is_constant() -> None:
     sensor.joules()
     clock.now = 4.0
     assert sensor.joules() == Range(4, 8, 12)
+    clock.now = 104.0
+    assert sensor.joules() == Range(0, 0, 0), "the machine slept, or who asks did"
+    assert sensor.lost() == {"gap_seconds": 100.0}

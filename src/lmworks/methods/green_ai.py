@@ -52,7 +52,7 @@ the validation loss fell by less than `least_gain` nats per kWh, `patience` vali
 ## When to use it
 
 - *Always*: the meter costs 0.1 % of the time at most, by construction: no reading comes sooner after another than a
-  thousand times what a reading takes.
+  thousand times what a reading takes (as long as that is below 2.5 ms).
 - `counts = "process"` on machines that are shared, and where several runs go side by side.
 - Name `country`, and `pue` of the site. Without them the world's mean and a PUE of 1 stand in, with a flag and a range
   that shows how little that says.

@@ -7,6 +7,7 @@ then goes on without it.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import platform
 import time
@@ -134,28 +135,35 @@ class NvmlPower:
 
 
 class Modelled:
-    """Watts that a model gives for the time since it was asked last."""
+    """Joules that a model gives for the time since it was asked last."""
 
     measured = False
 
     def __init__(
-        self, name: str, watts: Callable[[float], Range], *, period: float, clock: Clock = time.monotonic
+        self,
+        name: str,
+        spent: Callable[[float], Range],
+        *,
+        period: float | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
-        """`watts`: of the last so many seconds, on average."""
-        self.name, self._watts, self._most, self._clock = name, watts, GAP * period, clock
+        """`spent`: joules of the last so many seconds. `period`: where nothing but the clock says that the machine was
+        awake, seconds between two questions; gaps of more than five are left out. None: `spent` knows by itself."""
+        self.name, self._spent, self._clock = name, spent, clock
+        self._most = math.inf if period is None else GAP * period
         self._at: float | None = None
         self._gap = 0.0
 
     def joules(self) -> Range:
-        """Nothing for time in which the machine, or who asks, slept."""
+        """Since it was asked last."""
         now = self._clock()
         before, self._at = self._at, now
-        seconds = 0.0 if before is None else now - before
-        watts = self._watts(seconds)
+        seconds = 0.0 if before is None else max(now - before, 0.0)
+        spent = self._spent(seconds)
         if seconds > self._most:
             self._gap += seconds
             return NOTHING
-        return watts.times(max(seconds, 0.0))
+        return spent
 
     def lost(self) -> dict[str, float]:
         """Gaps."""
@@ -163,40 +171,41 @@ class Modelled:
 
 
 def constant(watts: Range) -> Callable[[float], Range]:
-    """The same at all times."""
-    return lambda seconds: watts
+    """The same power at all times."""
+    return watts.times
 
 
 def by_load(tdp: Range, busy: Callable[[], tuple[float, float]]) -> Callable[[float], Range]:
     """The load model over what `busy` says: seconds that processors worked, and seconds that they had, both rising."""
     last = busy()
 
-    def watts(seconds: float) -> Range:
+    def spent(seconds: float) -> Range:
         nonlocal last
         before, last = last, busy()
         worked, had = last[0] - before[0], last[1] - before[1]
-        return cpu_watts(worked / had if had > 0 else 0.0, tdp)
+        return cpu_watts(worked / had if had > 0 else 0.0, tdp).times(seconds)
 
-    return watts
+    return spent
 
 
 def by_share(tdp: Range, busy: Callable[[], float], cores: int) -> Callable[[float], Range]:
     """Power by the share of a machine's processor time that a process took; `busy`: its seconds so far."""
     last = busy()
 
-    def watts(seconds: float) -> Range:
+    def spent(seconds: float) -> Range:
         nonlocal last
         before, last = last, busy()
-        return cpu_watts_of_share((last - before) / (seconds * cores) if seconds > 0 else 0.0, tdp)
+        share = (last - before) / (seconds * cores) if seconds > 0 else 0.0
+        return cpu_watts_of_share(share, tdp).times(seconds)
 
-    return watts
+    return spent
 
 
 def machine_busy() -> tuple[float, float]:
-    """Seconds that this machine's processors worked and had since it started."""
+    """Seconds that this machine's processors worked and had since it started; those stolen by others are not work."""
     times = psutil.cpu_times()
     had = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # in user's and nice's already
-    return had - times.idle - getattr(times, "iowait", 0.0), had
+    return had - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "steal", 0.0), had
 
 
 def process_busy() -> float:
@@ -229,13 +238,13 @@ def sensors(
     if counts == "process":
         watts, text = _tdp(tdp)
         model = by_share(watts, process_busy, os.cpu_count() or 1)
-        found.append(Modelled(f"processors: share of the time, {text}", model, period=period))
+        found.append(Modelled(f"processors: share of the time, {text}", model))
         return found, notes
     try:
         found.append(Rapl(zones))
     except (OSError, ValueError):
         watts, text = _tdp(tdp)
-        found.append(Modelled(f"processors: model by load, {text}", by_load(watts, machine_busy), period=period))
+        found.append(Modelled(f"processors: model by load, {text}", by_load(watts, machine_busy)))
     gibibytes = psutil.virtual_memory().total / 2**30
     watts = memory_watts(gibibytes, arm=platform.machine().lower().startswith(("arm", "aarch")))
     found.append(Modelled(f"memory: model by modules, {gibibytes:.0f} GiB", constant(watts), period=period))
