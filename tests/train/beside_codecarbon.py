@@ -1,6 +1,6 @@
 """Our meter and codecarbon's tracker side by side in one process, at the same load, design power and intensity.
 
-python beside_codecarbon.py SECONDS FOLDER: prints {"ours": {kwh, kg, seconds}, "theirs": ...} as JSON, PUE in the kWh.
+python beside_codecarbon.py SECONDS FOLDER: prints {"ours": {kwh, kg, watts}, "theirs": ...} as JSON, PUE in all.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def main(seconds: float, folder: str) -> None:
         "ours": {
             "kwh": facts["kwh"]["central"] * facts["pue"]["central"],
             "kg": facts["kg_co2e"]["central"],
-            "seconds": facts["seconds"],
+            "watts": facts["mean_watts"] * facts["pue"]["central"],
         },
-        "theirs": {"kwh": data.energy_consumed, "kg": kg, "seconds": data.duration},
+        # theirs are means over its samples
+        "theirs": {"kwh": data.energy_consumed, "kg": kg, "watts": data.cpu_power + data.ram_power},
     }
     sys.stdout.write(json.dumps(answer) + "\n")
 

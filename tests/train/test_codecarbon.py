@@ -26,6 +26,8 @@ def test_a_minute_as_codecarbon_tells_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     ours, theirs = found["ours"], found["theirs"]
-    assert ours["kwh"] == pytest.approx(theirs["kwh"], rel=0.02)
-    assert ours["kg"] == pytest.approx(theirs["kg"], rel=0.02)
-    assert ours["kg"] == pytest.approx(0.3 * ours["kwh"], rel=1e-6)
+    # power and not energy: on a busy machine either of them may begin or end a second before the other
+    assert ours["watts"] == pytest.approx(theirs["watts"], rel=0.02)
+    for each in (ours, theirs):
+        assert each["kg"] == pytest.approx(0.3 * each["kwh"], rel=1e-6)
+    assert ours["kwh"] == pytest.approx(theirs["kwh"], rel=0.1)

@@ -23,7 +23,7 @@ from lmworks.parallel.gang import run as on_ranks
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.parallel.world import Seat, wire
-from lmworks.train.energy import COST, FIELDS, PHASES, Meter, Metering, bill_of, told, total
+from lmworks.train.energy import COST, FIELDS, PHASES, Meter, Metering, bill_of, meter_of, told, total
 from lmworks.train.loop import run
 from lmworks.train.sensors import Modelled, NvmlEnergy, constant
 from tests.train import toy
@@ -316,6 +316,28 @@ def test_a_meter_that_breaks_stops_no_run(
     monkeypatch.setattr("lmworks.train.energy.sensors", broken)
     folder, _ = toy.train(toy.recipe(text, cache), tmp_path / "run")
     assert folder.is_done()
+
+
+def test_a_machine_that_tells_nothing_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*words: Any, **more: Any) -> None:
+        raise RuntimeError("no /proc")
+
+    monkeypatch.setattr("lmworks.train.energy.sensors", broken)
+    meter = meter_of(Metering(), torch.device("cpu"), first_here=True)
+    assert meter.notes == ["nothing is counted: RuntimeError: no /proc"]
+    assert meter_of(Metering(), torch.device("cpu"), first_here=False).notes == [], "another rank of the machine"
+
+
+def test_counting_that_is_switched_off_for_a_while_keeps_what_was_counted(
+    text: Path, cache: Path, tmp_path: Path
+) -> None:
+    made = toy.recipe(text, cache)
+    toy.stopped(made, tmp_path / "run", 5, signal.SIGTERM)
+    toy.stopped(toy.recipe(text, cache, energy={"on": False}), tmp_path / "run", 8, signal.SIGTERM)
+    before = json.loads((tmp_path / "run" / "record.json").read_text())
+    folder, _ = toy.train(made, tmp_path / "run")
+    assert "energy" not in before, "this attempt counted nothing"
+    assert json.loads(folder.summary.read_text())["energy"]["phases_kwh"]["train"] > 0
 
 
 def test_one_rank_needs_no_wire() -> None:

@@ -224,12 +224,13 @@ class Meter:
 
     # --- over machines and attempts ---------------------------------------------------------------------------------
 
-    def account(self, wire: Sums | None = None) -> Account:
-        """Joules and seconds so far, with `wire` of all machines together; all ranks then ask together."""
+    def account(self, wire: Sums | None = None, device: torch.device | None = None) -> Account:
+        """Joules and seconds so far, with `wire` of all machines together; all ranks then ask together, with a tensor
+        on their `device`."""
         with self._lock:
             flat = [x for phase in PHASES for x in self.own[phase]]
         if wire is not None:
-            flat = wire.sum(torch.tensor(flat, dtype=torch.float64), "world").tolist()
+            flat = wire.sum(torch.tensor(flat, dtype=torch.float64, device=device), "world").tolist()
         width = len(FIELDS)
         return {phase: flat[i * width : (i + 1) * width] for i, phase in enumerate(PHASES)}
 
@@ -265,7 +266,10 @@ def meter_of(settings: Metering, device: torch.device, *, first_here: bool) -> M
     """The meter of this rank: in 'machine' only a machine's first rank reads anything."""
     if not settings.on or (settings.counts == "machine" and not first_here):
         return Meter([], period=settings.period)
-    found, notes = sensors(device, counts=settings.counts, period=settings.period, tdp=settings.processor_watts)
+    try:
+        found, notes = sensors(device, counts=settings.counts, period=settings.period, tdp=settings.processor_watts)
+    except Exception as error:  # noqa: BLE001  (whatever a machine does not tell, training begins)
+        found, notes = [], [f"nothing is counted: {type(error).__name__}: {error}"]
     return Meter(found, notes, period=settings.period)
 
 
@@ -308,8 +312,9 @@ def _terms(settings: Metering) -> tuple[Intensity, Price | None]:
 
 def _cost_of(account: Mapping[str, Sequence[float]], settings: Metering) -> Estimate:
     grid, price = _terms(settings)
+    low, central, high = (kwh_of(x) for x in total(account)[:3])
     return of_energy(
-        Range(*(kwh_of(x) for x in total(account)[:3])),
+        Range(min(low, central), central, max(central, high)),  # sums are rounded
         pue=pue_of(settings.pue),
         grams_per_kwh=grid.grams,
         price_per_kwh=None if price is None else price.per_kwh,

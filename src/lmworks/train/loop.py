@@ -160,7 +160,7 @@ class Loop:
         self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
         rate, source = peak_flops(built.device, built.dtype)
         self.peak = (rate * self.wire.layout.ranks, source)
-        self.energy = Spending(meter, built.recipe.energy, self.wire, self.events)
+        self.energy = Spending(meter, built.recipe.energy, self.wire, self.events, built.device)
 
     def run(self, stored: save.Stored | None, stop: StopRequest) -> None:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
@@ -334,8 +334,8 @@ class Loop:
         with self.events.span("save"), self.energy.phase("checkpoint"):
             self.records.sync()
             self.records.note_cost(self.progress)
-            self.energy.bill()
-            self.progress.energy = self.energy.account
+            if self.energy.bill() is not None:  # otherwise what earlier attempts counted stays
+                self.progress.energy = self.energy.account
             self.checkpoints.save(self.progress.step, self._snapshot())
 
     def _snapshot(self) -> save.Snapshot:

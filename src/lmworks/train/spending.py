@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
 from lmworks.core.events import Events
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
@@ -20,8 +22,9 @@ EVERY = 10.0
 class Spending:
     """The meters of all machines, summed where all ranks meet anyway."""
 
-    def __init__(self, meter: Meter, settings: Metering, wire: Wire, events: Events) -> None:
+    def __init__(self, meter: Meter, settings: Metering, wire: Wire, events: Events, device: torch.device) -> None:
         self._meter, self._settings, self._wire, self._events = meter, settings, wire, events
+        self._device = device
         self.account: Account = meter.account()
         """As of the last row, of all machines."""
         self._in_rows: Bill | None = None
@@ -39,7 +42,7 @@ class Spending:
         """What all machines have spent so far; None where nothing is counted. All ranks ask together."""
         if not self._settings.on:
             return None
-        self.account = self._meter.account(self._wire if self._wire.layout.ranks > 1 else None)
+        self.account = self._meter.account(self._wire if self._wire.layout.ranks > 1 else None, self._device)
         bill = bill_of(self.account, self._settings)
         if self._wire.rank == 0 and time.monotonic() - self._told >= EVERY:
             self.tell()
