@@ -45,6 +45,7 @@ FOLDERS = (
     "plan",
     "evaluate",
     "serve",
+    "audit",
     "prove",
 )
 

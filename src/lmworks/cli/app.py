@@ -12,6 +12,7 @@ from collections.abc import Callable
 import typer
 
 from lmworks.cli import (
+    audit,
     chat,
     compare,
     doctor,
@@ -62,6 +63,7 @@ app = typer.Typer(
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(audit.app, name="audit")
 
 
 @app.callback(invoke_without_command=True)

@@ -165,6 +165,7 @@ METHODS: dict[str, Method] = {
         2024,
         "energy, carbon and cost of a run, before and after",
         ("watcher", "plan"),
+        "methods.green_ai",
     ),
     "hpt": Method(
         "Towards a Unified View of Large Language Model Post-Training",

@@ -119,6 +119,10 @@ class RunFolder:
         attempts = [*self._kept().get("attempts", []), attempt]
         files.write_json(self.record, {"id": self.id(), **record, "attempts": attempts})
 
+    def add_to_record(self, **facts: Any) -> None:
+        """Put facts that are known only later into record.json, in place of those of an earlier attempt."""
+        files.write_json(self.record, {**self._kept(), **facts})
+
     def _kept(self) -> dict[str, Any]:
         if not self.record.is_file():
             return {}

@@ -40,7 +40,7 @@ def cost_of_step(axis: Axis, decoded: Any, trial: Measured | None) -> float:
         raise LmworksError(
             "this machine has no energy counter that can be read, so joules cannot be equal",
             legal="axis = steps, tokens, flops, seconds",
-            next_step="RAPL counters (/sys/class/powercap) are often readable by root only; a GPU's are not read yet",
+            next_step="RAPL counters (/sys/class/powercap) are often readable by root only; a GPU's need pynvml",
         )
     return (place[-1][0] - place[TRIAL_DROPPED - 1][0]) / (len(place) - TRIAL_DROPPED)
 

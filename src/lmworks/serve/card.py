@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from lmworks.core.energy.grid import in_words
 from lmworks.model.backbone import Backbone
 
 
@@ -16,6 +17,8 @@ def card_of(
     """The card of a model. `run`: the run folder that made it, whose recipe and results are shown."""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lmworks]"]
     head += [f"license: {licence}"] if licence else []
+    energy = _energy(run) if run is not None else None
+    head += _emissions(energy) if energy is not None else []
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts: dict[str, Any] = {
@@ -27,6 +30,7 @@ def card_of(
         "source": f"`{source}`",
     }
     facts |= _results(run) if run is not None else {}
+    facts |= {"energy and CO2 of the run": in_words(energy)} if energy is not None else {}
     parts = [
         "\n".join([*head, "---"]),
         f"# {name}",
@@ -50,6 +54,27 @@ def _results(run: Path) -> dict[str, Any]:
     summary = json.loads(path.read_text(encoding="utf-8"))
     wanted = {"tokens": "tokens seen", "val_loss": "validation loss", "val_bits_per_byte": "validation bits per byte"}
     return {label: summary[key] for key, label in wanted.items() if key in summary}
+
+
+def _energy(run: Path) -> dict[str, Any] | None:
+    """What the run's meters told, from record.json, and the kind of training; None where nothing was counted."""
+    path = run / "record.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if record.get("energy") is None:
+        return None
+    return {**record["energy"], "training_type": "fine-tuning" if record.get("pretrained") else "pre-training"}
+
+
+def _emissions(energy: dict[str, Any]) -> list[str]:
+    """The card's field for the hub: grams of CO2e, with how and where."""
+    place = energy["place"] if energy["place_known"] else f"not known; {energy['place']}'s mean grid"
+    facts = {
+        "emissions": 1e3 * energy["kg_co2e"]["central"],
+        "source": f"lmworks, {energy['method']}",
+        "training_type": energy["training_type"],
+        "geographical_location": place,
+    }
+    return ["co2_eq_emissions:", *(f"  {name}: {json.dumps(value)}" for name, value in facts.items())]
 
 
 def _recipe(run: Path) -> str:

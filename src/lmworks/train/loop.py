@@ -22,7 +22,7 @@ from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
-from lmworks.train.energy import Meter
+from lmworks.train.energy import Meter, meter_of
 from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train, may_differ
 from lmworks.train.records import Progress, Records, Reporter, Unheard, dropped
@@ -30,6 +30,7 @@ from lmworks.train.samples import must_fit_positions, sample
 from lmworks.train.shortage import explained
 from lmworks.train.sinks import Row
 from lmworks.train.slots import StepRecord, Watcher
+from lmworks.train.spending import Spending
 from lmworks.train.stop import StopRequest
 from lmworks.train.validate import validate
 
@@ -55,7 +56,8 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
         path = Path(wire.told(str(fresh(path) if resume == "never" else path)))
         folder = RunFolder(path)
         alone = folder.alone() if place.first else nullcontext()
-        with alone, StopRequest(minutes=recipe.max_minutes) as stop:
+        meter = meter_of(recipe.energy, device, first_here=wire.first_here)
+        with alone, StopRequest(minutes=recipe.max_minutes) as stop, meter.running():
             report = report if place.first else Unheard()
             checkpoint = _start(folder, recipe, resume, wire)
             if checkpoint is DONE:
@@ -72,7 +74,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
             wire.wait()
             records = Records(built, folder, report, began=began)
             try:
-                Loop(built, records, folder, parent=checkpoint).run(stored, stop)
+                Loop(built, records, folder, meter, parent=checkpoint).run(stored, stop)
             finally:
                 built.step.close()
     return folder
@@ -149,8 +151,10 @@ def _build(
 class Loop:
     """One run, from its first step or a checkpoint to its last step."""
 
-    def __init__(self, built: Built, records: Records, folder: RunFolder, *, parent: Path | None = None) -> None:
-        self.built, self.records, self.parent = built, records, parent
+    def __init__(
+        self, built: Built, records: Records, folder: RunFolder, meter: Meter, *, parent: Path | None = None
+    ) -> None:
+        self.built, self.records, self.folder, self.parent = built, records, folder, parent
         self.placement, self.wire = built.placement, built.wire
         self.recipe, self.report, self.events = built.recipe, records.report, records.events
         self.progress = Progress()
@@ -160,7 +164,7 @@ class Loop:
         self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
         rate, source = peak_flops(built.device, built.dtype)
         self.peak = (rate * self.wire.layout.ranks, source)
-        self.meter = Meter(built.device)
+        self.energy = Spending(meter, built.recipe.energy, self.wire, self.events, built.device)
 
     def run(self, stored: save.Stored | None, stop: StopRequest) -> None:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
@@ -185,9 +189,9 @@ class Loop:
                 self.checkpoints.hurry()
             failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
             with suppress(OSError, LmworksError, ImportError, MemoryError):  # the first error is the one to tell
-                self.records.close(self.checkpoints.wait)
+                self._close(together=False)
             raise
-        self.records.close(self.checkpoints.wait)
+        self._close(together=True)
         if why is not None:
             where = f"step {self.progress.step} of {self.recipe.steps}"
             stopped = Stopped(f"stopped at {where}: {why}", next_step="the same command goes on")
@@ -195,10 +199,16 @@ class Loop:
             raise stopped
         self.records.summarise(self.progress)
 
+    def _close(self, *, together: bool) -> None:
+        """Take stock of energy and close the records. `together`: all ranks have come here."""
+        self.energy.end(together=together)
+        self.records.energy = self.energy.facts(tokens=self.progress.tokens, flops=self.progress.flops)
+        self.records.close(self.checkpoints.wait)
+
     def _steps(self, stop: StopRequest) -> str | None:
         """Steps until the end, or until a signal or the time limit: its reason."""
         progress, recipe = self.progress, self.recipe
-        self.meter.joules()  # what was spent before the first step is nobody's
+        self.energy.begin()
         self.report.begin(progress.step, recipe.steps)
         while progress.step < recipe.steps and progress.stopped is None:
             record = self._step()
@@ -229,7 +239,8 @@ class Loop:
         books = self.built.step.books
         books.on = progress.step - self.began in MEASURE_EARLY or self.events.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), time.time()
-        result = self.built.step()
+        with self.energy.phase("train"):
+            result = self.built.step()
         seconds = time.perf_counter() - start
         self.events.write("step", start=begun, end=begun + seconds)
         seen = self._measure() if books.on else None
@@ -241,6 +252,7 @@ class Loop:
         progress.seconds += seconds
         progress.flops += result.passes * self.built.cost.forward_flops_per_token
         rate = recipe.batch_size * recipe.data.sequence_length / seconds
+        spent = self.energy.bill()
         row: Row = {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -253,7 +265,7 @@ class Loop:
             "mfu": rate * self.built.cost.train_flops_per_token / self.peak[0],
             "memory_bytes": memory_bytes(self.built.device),
             **({"saved_bytes": books.peak, "state_bytes": seen.optimizer} if seen is not None else {}),
-            **({"joules": joules} if (joules := self.meter.joules()) is not None else {}),
+            **self.energy.row(spent),
             **result.extra,
         }
         self.records.write(progress.step, row)
@@ -268,6 +280,7 @@ class Loop:
             lr=lr,
             seconds=seconds,
             validation=found,
+            spent=spent,
         )
 
     def _measure(self) -> Footprint:
@@ -289,7 +302,7 @@ class Loop:
         return seen
 
     def _validate(self) -> dict[str, float] | None:
-        with self.events.span("validate"):
+        with self.events.span("validate"), self.energy.phase("validate"):
             batches = self.built.prepared.validation(self.recipe.validation.rows, share=self.placement.share)
             found = validate(self.placement, batches, list(self.recipe.data.shares))
         if not found:
@@ -312,20 +325,23 @@ class Loop:
         if not recipe.samples.prompts:
             return
         found: list[Row] = []
-        model = gather(self.placement)
-        if model is not None:
-            with self.records.forgiving("sample"):
-                found = sample(model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step)
-        self.wire.wait()  # longer than a collective waits
+        with self.energy.phase("sample"):
+            model = gather(self.placement)
+            if model is not None:
+                with self.records.forgiving("sample"):
+                    found = sample(model, prepared.tokenizer, recipe.samples, seed=recipe.seed, step=self.progress.step)
+            self.wire.wait()  # longer than a collective waits
         for row in found:
             self.records.samples.append(row)
         if found:
             self.report.note(f"sample: {found[0]['prompt']}{found[0]['text']}")
 
     def _save(self) -> None:
-        with self.events.span("save"):
+        with self.events.span("save"), self.energy.phase("checkpoint"):
             self.records.sync()
             self.records.note_cost(self.progress)
+            if self.energy.bill() is not None:  # otherwise what earlier attempts counted stays
+                self.progress.energy = self.energy.account
             self.checkpoints.save(self.progress.step, self._snapshot())
 
     def _snapshot(self) -> save.Snapshot:
@@ -362,8 +378,12 @@ class Loop:
         step.selector.load(stored.pieces("selector").all())
         for watcher, kept in zip(self.watchers, state["watchers"], strict=True):
             watcher.load(kept)
-        self.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress)})
+        # checkpoints from before energy was counted do not have it
+        self.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress) if entry.name in state})
         self.report.note(f"going on from step {self.progress.step} ({self.parent})")
+        lost = self.energy.go_on(self.progress.energy, self.folder, self.progress.step)
+        if lost is not None:
+            self.report.note(lost)
         if changed:
             self.report.note(f"with other settings than the checkpoint's: {'; '.join(changed)}")
 

@@ -10,6 +10,7 @@ from lmworks.core.errors import Problem
 from lmworks.core.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Slot
 from lmworks.data.packed import Packed
 from lmworks.parallel.layout import Arrangement, Layout
+from lmworks.train.energy import Metering
 from lmworks.train.gradient import Clip
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.save import Saving
@@ -97,6 +98,8 @@ class Train:
     """When the run is saved."""
     sinks: Annotated[tuple[Sink, ...], Slot("sink")] = (TensorBoard(),)
     """Where metrics go besides the run folder."""
+    energy: Metering = Metering()
+    """How energy is counted, and what a kWh costs."""
     max_minutes: PositiveFloat | None = None
     """Save and stop with exit code 3 after this time; the same command goes on."""
 
@@ -119,5 +122,7 @@ def may_differ(now: Train, there: Train) -> tuple[str, ...]:
     return (*MAY_DIFFER, "saved") if now.saved.exact() and there.saved.exact() else MAY_DIFFER
 
 
-MAY_DIFFER = ("validation", "samples", "checkpoints", "sinks", "max_minutes", "threads", "layout", "micro_batch_size")
+MAY_DIFFER = (
+    "validation", "samples", "checkpoints", "sinks", "energy", "max_minutes", "threads", "layout", "micro_batch_size"
+)  # fmt: skip
 """Those that hang on nothing else."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lmworks.core.energy.grid import in_words
 from lmworks.core.errors import LmworksError
 from lmworks.core.events import Events
 from lmworks.core.files import sha256_of, write_json
@@ -23,6 +24,7 @@ from lmworks.parallel.footprint import Footprint, as_table
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
 from lmworks.train.curves import draw
+from lmworks.train.energy import Account
 from lmworks.train.rate import peak_memory_bytes
 from lmworks.train.sinks import Row, Writer
 
@@ -87,6 +89,8 @@ class Progress:
     peak_memory_bytes: int = 0
     """The most memory of any attempt."""
     changes: list[dict[str, Any]] = field(default_factory=list)
+    energy: Account = field(default_factory=dict)
+    """Joules by phase, of all attempts."""
     stopped: str | None = None
     """Why a watcher ended the run early."""
 
@@ -107,6 +111,8 @@ class Records:
         self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes)
         self.memory: Footprint | None = None
         """What this rank takes; None before it was measured."""
+        self.energy: dict[str, Any] | None = None
+        """What the run took, for summary and record; None where nothing is counted."""
         self._sinks: list[Writer] = []
         self._began = began
         self._wall_before = 0.0
@@ -168,6 +174,8 @@ class Records:
         for sink in self._sinks:
             sink.close()
         if self.first:
+            if self.energy is not None:
+                self.folder.add_to_record(energy=self.energy)
             draw(self.folder)
 
     def summarise(self, progress: Progress) -> None:
@@ -195,10 +203,13 @@ class Records:
                 "predicted": self.built.account.predicted.by_class(),
                 "measured": None if self.memory is None else self.memory.by_class(),
             },
+            "energy": self.energy,
             "changes": progress.changes,
             "stopped": progress.stopped,
         }
         write_json(self.folder.summary, summary)
+        if self.energy is not None:
+            self.report.note(f"energy: {in_words(self.energy)}")
         if self.memory is not None:
             table = as_table(self.built.account.predicted, self.memory)
             self.report.note("\n".join(["memory beside the program itself:", *(f"  {line}" for line in table)]))

@@ -27,6 +27,7 @@ from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.sizes import BlockBytes, Held
 from lmworks.parallel.shard import local
+from lmworks.train.energy import Bill
 from lmworks.train.ledger import Forward, Ledger, counted
 
 if TYPE_CHECKING:
@@ -289,6 +290,8 @@ class StepRecord:
     seconds: float
     validation: dict[str, float] | None = None
     """val_loss and val_bits_per_byte when this step ended with a validation."""
+    spent: Bill | None = None
+    """Energy, carbon and money of the run so far, the same on all ranks; None where nothing is counted."""
 
 
 class Watcher(ABC):
