@@ -33,7 +33,20 @@ from lmworks.core.settings import settings
 from lmworks.prove import report
 from lmworks.prove.ledger import Entry, entries, page, parts_of
 
-FOLDERS = ("core", "maths", "model", "data", "jobs", "parallel", "generate", "train", "evaluate", "serve", "prove")
+FOLDERS = (
+    "core",
+    "maths",
+    "model",
+    "data",
+    "jobs",
+    "parallel",
+    "generate",
+    "train",
+    "evaluate",
+    "serve",
+    "make",
+    "prove",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

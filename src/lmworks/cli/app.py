@@ -14,6 +14,7 @@ import typer
 from lmworks.cli import (
     chat,
     compare,
+    data,
     doctor,
     eval,
     export,
@@ -31,6 +32,7 @@ from lmworks.core.errors import LmworksError
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
+    "data": data.data,
     "train": train.train,
     "rehearse": rehearse.rehearse,
     "launch": launch.launch,

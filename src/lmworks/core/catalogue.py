@@ -57,6 +57,17 @@ SLOTS: dict[str, Shelf] = {
             "huggingface": Part("data.read:HuggingFace", "a Hugging Face dataset, local folder or hub name"),
         },
     ),
+    "stage": Shelf(
+        "what is done with documents before they are tokens",
+        {
+            "repair": Part("data.repair:Repair", "undo mojibake, one Unicode spelling (ftfy)"),
+            "length": Part("data.length:Length", "drop documents that are too short or too long"),
+            "language": Part("data.language:Language", "mark the language, keep the wanted ones (py3langid)"),
+            "private": Part("data.private:Private", "mask e-mail addresses, IP addresses, numbers, keys"),
+            "licence": Part("data.licences:Licence", "keep documents by their licence"),
+            "split": Part("data.split:Split", "training, validation and test documents by hash"),
+        },
+    ),
     "tokenizer": Shelf(
         "how text becomes token ids",
         {
@@ -156,12 +167,14 @@ SLOTS: dict[str, Shelf] = {
 }
 
 VERBS: dict[str, str] = {
+    "data": "make.recipe:Data",
     "train": "train.recipe:Train",
     "prove": "prove.recipe:Proof",
 }
 """Verbs that run a recipe, and the dataclass that such a recipe decodes to."""
 
 FOLDERS: dict[str, str] = {
+    "data": "data",
     "train": "train",
     "prove": "proofs",
 }
