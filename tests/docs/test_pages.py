@@ -61,7 +61,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def _folders() -> tuple[str, ...]:
     hook = (ROOT / "docs" / "hooks" / "pages.py").read_text()
-    return tuple(re.findall(r'"(\w+)"', re.search(r"^FOLDERS = \((.*?)^?\)$", hook, re.MULTILINE | re.DOTALL)[1]))
+    return tuple(re.findall(r'"(\w+)"', re.search(r"^FOLDERS = \((.*?)\)$", hook, re.MULTILINE | re.DOTALL)[1]))
 
 
 def test_every_package_folder_is_in_the_reference() -> None:

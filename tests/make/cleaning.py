@@ -82,11 +82,17 @@ def run(decoded: Any, folder: Path) -> tuple[dict[str, Any], Quiet]:
     trail = rounds.clean(decoded, folder, told)
     content = account.account(decoded, trail)
     rounds.publish_dropped(decoded, folder, trail)
+    rounds.publish_tables(decoded, folder, trail)
     rounds.publish(decoded, folder, trail)
     return content, told
 
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that was handed on or left out."""
-    found = [path for name in ("documents", "dropped") for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    found = [
+        path
+        for name in ("documents", "dropped", "tables")
+        for path in sorted((folder / name).rglob("*"))
+        if path.is_file()
+    ]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

@@ -54,6 +54,7 @@ def run(decoded: Any, folder: Path) -> dict[str, Any]:
     page = report.write(content, folder)
     say(f"report: {page}")
     rounds.publish_dropped(decoded, folder, trail)
+    rounds.publish_tables(decoded, folder, trail)
     for source, step in account.gone_sources(content).items():
         raise DataError(
             f"nothing is left of the source '{source}': '{step}' dropped its last documents",

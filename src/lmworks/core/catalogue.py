@@ -65,8 +65,17 @@ SLOTS: dict[str, Shelf] = {
             "language": Part("data.language:Language", "mark the language, keep the wanted ones (py3langid)"),
             "private": Part("data.private:Private", "mask e-mail addresses, IP addresses, numbers, keys"),
             "licence": Part("data.licences:Licence", "keep documents by their licence"),
+            "dedup": Part("data.dedup:Dedup", "keep one of the documents that are the same"),
             "split": Part("data.split:Split", "training, validation and test documents by hash"),
         },
+    ),
+    "key": Shelf(
+        "what makes two documents the same",
+        {
+            "exact": Part("data.keys:Exact", "equal texts"),
+            "minhash": Part("data.keys:MinHash", "near copies, by MinHash and bands (rensa)"),
+        },
+        default="minhash",
     ),
     "tokenizer": Shelf(
         "how text becomes token ids",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +16,11 @@ CORE = "lmworks.core"
 """Names, errors, recipes: what a stage answers does not hang on them, and they change with every new part."""
 
 
-def code_id(part: object, libraries: Sequence[str] = ()) -> str:
-    """A hash over the sources that decide what a part does, and over the versions of its libraries."""
-    return digest([sources_id(type(part).__module__), [[name, _version(name)] for name in libraries]])
+def code_id(*parts: object) -> str:
+    """A hash over the sources that decide what parts do, and over the versions of their `libraries`."""
+    libraries = sorted({name for part in parts for name in getattr(part, "libraries", ())})
+    sources = [sources_id(type(part).__module__) for part in parts]
+    return digest([sources, [[name, _version(name)] for name in libraries]])
 
 
 @cache

@@ -50,6 +50,10 @@ class Stage(ABC):
     seeded: ClassVar[bool] = False
     """Whether the outcome hangs on the recipe's seed. Others are not told it, and another seed does not run them."""
 
+    def built_on(self) -> Sequence[object]:
+        """Parts inside this one whose code and libraries decide the outcome as well."""
+        return ()
+
     def settings(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return recipes.table_of(self)
@@ -65,6 +69,16 @@ class Stage(ABC):
     def memory(self, documents: int) -> int:
         """Bytes that a process of this stage holds at most, besides one shard's documents."""
         return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed:
+    """A shard that a settling stage has looked at."""
+
+    folder: Path
+    """What its `survey` wrote."""
+    records: Path
+    """The documents themselves, for a second look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +101,18 @@ class Settling(Stage):
         """Write what `settle` must know of one shard into an empty folder."""
 
     @abstractmethod
-    def settle(self, surveys: Sequence[Path], references: Sequence[Path], folder: Path, context: Context) -> None:
+    def settle(
+        self, surveys: Sequence[Surveyed], references: Sequence[Surveyed], folder: Path, context: Context
+    ) -> None:
         """Decide from all surveys in the order of the shards; write the verdict into an empty folder."""
 
     def parts(self, verdict: Path, shard: int) -> Sequence[str]:
         """Names of the verdict's files that the run over this shard depends on."""
         return sorted(path.name for path in verdict.iterdir() if path.name != MANIFEST)
+
+    def tables(self, verdict: Path) -> Sequence[str]:
+        """Names of the verdict's files that a person may want to read."""
+        return ()
 
     def findings(self, verdict: Path) -> dict[str, Any]:
         """What a report tells of the verdict, as JSON values."""

@@ -65,8 +65,8 @@ class LineFile:
         self._waiting = io.BytesIO()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object."""
-        self._waiting.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode())
+        """Append one object. Halves of surrogate pairs, as names of files may hold them, come back as they are."""
+        self._waiting.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
         self._waiting.write(b"\n")
         if self._waiting.tell() > 1 << 20:
             self._hand_on()

@@ -21,7 +21,7 @@ from lmworks.data.cache import MANIFEST, cache_folder
 from lmworks.data.code import code_id, sources_id
 from lmworks.data.fingerprint import FileFacts, Fingerprint, Progress, digest, scan
 from lmworks.data.read import Reader
-from lmworks.data.stage import Settling
+from lmworks.data.stage import Settling, Surveyed
 from lmworks.data.units import DROPPED, FORMAT, Piece, is_whole, manifest_of, pieces_of
 from lmworks.jobs.job import Job, JobFolder
 from lmworks.jobs.local import Local
@@ -56,6 +56,7 @@ class DataFolder:
         self.work = path / "work"
         self.documents = path / "documents"
         self.dropped = path / "dropped"
+        self.tables = path / "tables"
 
 
 @final
@@ -140,23 +141,23 @@ class _Rounds:
 
     def _settle(self, number: int, stage: Settling, pieces: list[Piece], progress: Progress | None) -> Path:
         others = self._read(number, stage.references, progress) if stage.references else []
-        surveys: list[Path] = []
+        surveys: list[Surveyed] = []
         jobs: list[tuple[Job, int]] = []
-        code = code_id(stage, stage.libraries)
+        code = code_id(stage, *stage.built_on())
         seed = self._recipe.seed if stage.seeded else None
         home = self._work / stage_name(stage)
         for piece in [*pieces, *others] if stage.surveys else []:
             unit = home / f"survey-{digest([FORMAT, piece.sha256, stage.survey_settings(), code, seed])[:32]}"
-            surveys.append(unit)
+            surveys.append(Surveyed(folder=unit, records=piece.path))
             arguments = {"stage": number, "piece": piece.to_json()}
             jobs += self._missing(unit, "survey", piece.bytes, arguments)
         self._round(f"{stage_name(stage)}: surveying", jobs)
         inputs = [files.sha256_of(path) for path in stage.inputs()]
-        marks = [manifest_of(unit)["files"] for unit in surveys]
+        marks = [manifest_of(survey.folder)["files"] for survey in surveys]
         cut = len(pieces) if stage.surveys else 0
         key = digest([FORMAT, stage.settings(), inputs, code, seed, marks, cut])[:32]
         verdict = home / f"verdict-{key}"
-        paths = [str(unit) for unit in surveys]
+        paths = [[str(survey.folder), str(survey.records)] for survey in surveys]
         arguments = {"stage": number, "surveys": paths[:cut], "references": paths[cut:]}
         self._round(f"{stage_name(stage)}: settling", self._missing(verdict, "settle", 0, arguments))
         self._trail.verdicts[number] = verdict
@@ -266,6 +267,17 @@ def publish_dropped(recipe: Data, path: Path, trail: Trail) -> None:
             if manifest["dropped"]:
                 dropped[f"{name}/{manifest['source']}-{shard:05d}.jsonl.zst"] = unit / DROPPED
     _replace(DataFolder(path).dropped, dropped)
+
+
+def publish_tables(recipe: Data, path: Path, trail: Trail) -> None:
+    """Put what settling stages leave for people to read into tables/, a folder for each stage."""
+    tables: dict[str, Path] = {}
+    for number, verdict in trail.verdicts.items():
+        stage = recipe.stages[number]
+        assert isinstance(stage, Settling), "only settling stages have verdicts"
+        for name in stage.tables(verdict):
+            tables[f"{number + 1:02d}-{stage_name(stage)}/{name}"] = verdict / name
+    _replace(DataFolder(path).tables, tables)
 
 
 def _replace(folder: Path, found: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ from lmworks.data.cache import cache_folder
 from lmworks.data.fingerprint import Fingerprint, scan
 from lmworks.data.read import Reader
 from lmworks.data.record import Dropped, Record
-from lmworks.data.stage import Settling, Stage, text_of
+from lmworks.data.stage import Settling, Stage, Surveyed, text_of
 from lmworks.data.units import PIECE, LineFile, Piece, make_unit, pieces_of, row_of
 from lmworks.jobs.local import Local, cores
 from lmworks.make import work
@@ -137,11 +137,11 @@ def _reversed_bits(number: int) -> int:
 def _stage(stage: Stage, piece: Piece, folder: Path, seed: int) -> Piece:
     verdict = None
     if isinstance(stage, Settling):
-        surveys: Sequence[Path] = ()
+        surveys: Sequence[Surveyed] = ()
         if stage.surveys:
-            surveys = [folder / "survey"]
-            surveys[0].mkdir(parents=True)
-            stage.survey(work.checked(piece), surveys[0], work.context_of(stage, seed))
+            surveys = [Surveyed(folder=folder / "survey", records=piece.path)]
+            surveys[0].folder.mkdir(parents=True)
+            stage.survey(work.checked(piece), surveys[0].folder, work.context_of(stage, seed))
         verdict = folder / "verdict"
         verdict.mkdir(parents=True)
         stage.settle(surveys, (), verdict, work.context_of(stage, seed))

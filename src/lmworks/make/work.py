@@ -18,7 +18,7 @@ from lmworks.data.code import code_id
 from lmworks.data.fingerprint import digest
 from lmworks.data.read import Reader, SourceFile
 from lmworks.data.record import Dropped, Record, content_hash
-from lmworks.data.stage import Context, Settling, Stage, guarded, text_of
+from lmworks.data.stage import Context, Settling, Stage, Surveyed, guarded, text_of
 from lmworks.data.units import (
     DROPPED,
     FORMAT,
@@ -44,7 +44,7 @@ def stage_key(stage: Stage, piece: Piece, seed: int, verdict: str = "") -> str:
     """The name of the unit that a stage makes of a shard: a hash of input, settings, code and verdict."""
     inputs = [files.sha256_of(path) for path in stage.inputs()]
     drawn = seed if stage.seeded else None
-    code = code_id(stage, stage.libraries)
+    code = code_id(stage, *stage.built_on())
     return digest([FORMAT, piece.sha256, stage.settings(), inputs, code, drawn, verdict])[:32]
 
 
@@ -99,16 +99,19 @@ def survey(recipe: str, stage: int, piece: dict[str, Any], folder: str) -> None:
     make_unit(Path(folder), build)
 
 
-def settle(recipe: str, stage: int, surveys: list[str], references: list[str], folder: str) -> None:
-    """Let a settling stage decide from its surveys."""
+def settle(recipe: str, stage: int, surveys: list[list[str]], references: list[list[str]], folder: str) -> None:
+    """Let a settling stage decide from its surveys, each with the documents that it is of."""
     decoded: Data = recipes.load(recipe, verb="data")
     part = decoded.stages[stage]
     assert isinstance(part, Settling), "only a settling stage is asked to settle"
 
     def build(temporary: Path) -> dict[str, Any]:
         begun = time.monotonic()
-        paths, others = [Path(p) for p in surveys], [Path(p) for p in references]
-        part.settle(paths, others, temporary, context_of(part, decoded.seed))
+        seen, others = (
+            [Surveyed(folder=Path(unit), records=Path(records)) for unit, records in found]
+            for found in (surveys, references)
+        )
+        part.settle(seen, others, temporary, context_of(part, decoded.seed))
         return {"seconds": time.monotonic() - begun}
 
     make_unit(Path(folder), build)
