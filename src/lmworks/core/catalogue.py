@@ -62,10 +62,13 @@ SLOTS: dict[str, Shelf] = {
         {
             "repair": Part("data.repair:Repair", "undo mojibake, one Unicode spelling (ftfy)"),
             "length": Part("data.length:Length", "drop documents that are too short or too long"),
+            "lines": Part("data.rules:Lines", "take out lines: C4's rules"),
+            "rules": Part("data.rules:Rules", "quality rules as data: Gopher, C4, FineWeb, or a file of one's own"),
             "language": Part("data.language:Language", "mark the language, keep the wanted ones (py3langid)"),
             "private": Part("data.private:Private", "mask e-mail addresses, IP addresses, numbers, keys"),
             "licence": Part("data.licences:Licence", "keep documents by their licence"),
             "dedup": Part("data.dedup:Dedup", "keep one of the documents that are the same"),
+            "decontaminate": Part("data.decontaminate:Decontaminate", "drop documents that hold items of test sets"),
             "split": Part("data.split:Split", "training, validation and test documents by hash"),
         },
     ),

@@ -25,11 +25,9 @@ from lmworks.data.joining import Copy, Corpus, Member, clusters_of, copies_of
 from lmworks.data.keys import Key, MinHash
 from lmworks.data.read import Reader
 from lmworks.data.record import Dropped, Record
-from lmworks.data.stage import Context, Settling, Surveyed, text_of, with_facts
+from lmworks.data.stage import Context, Settling, Surveyed, batches, text_of, with_facts
 from lmworks.data.units import LineFile, read_rows
 
-BATCH = 1_000_000
-"""Characters of the documents whose keys are made in one go."""
 TABLE = "clusters.jsonl.zst"
 SHOWN = 5
 """Clusters and pairs of sources that the report names."""
@@ -92,7 +90,7 @@ class Dedup(Settling):
         """keys.npy (K bands, D documents), lengths.npy in characters, ids.jsonl.zst, source.json."""
         ids = LineFile(folder / "ids.jsonl.zst")
         made, lengths, sources = [], [], Counter[str]()
-        for batch in _batches(records):
+        for batch in batches(records):
             texts = [text_of(record) for record in batch]
             made.append(self.key.keys(texts, context.seed))
             lengths += [len(text) for text in texts]
@@ -205,16 +203,3 @@ def _row(copy: Copy, size: int) -> dict[str, Any]:
 
 def _rows_name(shard: int) -> str:
     return f"rows-{shard:05d}.jsonl.zst"
-
-
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += len(text_of(record))
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

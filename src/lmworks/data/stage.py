@@ -119,6 +119,20 @@ class Settling(Stage):
         return {}
 
 
+def batches(records: Iterable[Record], characters: int = 1_000_000) -> Iterator[list[Record]]:
+    """The documents in lists of about so many characters: enough for array operations, little enough for memory."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(text_of(record))
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def text_of(record: Record) -> str:
     """The text of a document. Raises DataError for one that is not one text."""
     if len(record.content) != 1 or not isinstance(record.content[0], Text):
