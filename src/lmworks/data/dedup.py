@@ -8,6 +8,7 @@ settings alone: not on the order of files, shards or workers.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lmworks.core import recipe as recipes
 from lmworks.core.errors import DataError, Problem, did_you_mean
 from lmworks.core.recipe import Fraction, PositiveInt, Slot
 from lmworks.data.clusters import BYTES_A_DOCUMENT
-from lmworks.data.joining import Copy, Corpus, Member, clusters_of, copies_of
+from lmworks.data.joining import Clusters, Corpus, clusters_of, copies_of
 from lmworks.data.keys import Key, MinHash
 from lmworks.data.read import Reader
 from lmworks.data.record import Dropped, Record
@@ -87,22 +88,24 @@ class Dedup(Settling):
         return 12 * documents + min(self.memory_mb * 1_000_000, BYTES_A_DOCUMENT * documents)
 
     def survey(self, records: Iterable[Record], folder: Path, context: Context) -> None:
-        """keys.npy (K bands, D documents), lengths.npy in characters, ids.jsonl.zst, source.json."""
-        ids = LineFile(folder / "ids.jsonl.zst")
-        made, lengths, sources = [], [], Counter[str]()
+        """keys.npy (K bands, D documents), lengths.npy in characters, ids.npy and where each ends, source.json."""
+        made, lengths, ends, sources = [], [], [0], Counter[str]()
+        ids = bytearray()
         for batch in batches(records):
             texts = [text_of(record) for record in batch]
             made.append(self.key.keys(texts, context.seed))
             lengths += [len(text) for text in texts]
             for record in batch:
-                ids.write({"id": record.id})
-                sources[record.source] += 1
-        ids.close()
+                ids += record.id.encode("utf-8", "surrogatepass")
+                ends.append(len(ids))
+            sources.update(record.source for record in batch)
         if len(sources) > 1:
             raise DataError(f"a shard holds documents of several sources: {', '.join(sources)}")
         keys_KD = np.concatenate(made).T if made else np.zeros((self.key.bands, 0), dtype=np.uint64)
         np.save(folder / "keys.npy", np.ascontiguousarray(keys_KD), allow_pickle=False)
         np.save(folder / "lengths.npy", np.array(lengths, dtype=np.int64), allow_pickle=False)
+        np.save(folder / "ids.npy", np.frombuffer(bytes(ids), dtype=np.uint8), allow_pickle=False)
+        np.save(folder / "ends.npy", np.array(ends, dtype=np.int64), allow_pickle=False)
         files.write_json(folder / "source.json", {"source": next(iter(sources), "")})
 
     def settle(
@@ -110,26 +113,37 @@ class Dedup(Settling):
     ) -> None:
         """For each shard the rows that have copies; a table of all clusters; what the report tells."""
         corpus = Corpus(surveys, references, self.key, memory=self.memory_mb * 1_000_000)
-        if self.scope == "against":
-            found = copies_of(corpus)
-        else:
-            found = clusters_of(corpus, prefer=self.prefer, per_source=self.scope == "per-source")
-        rows: list[list[dict[str, Any]]] = [[] for _ in surveys]
-        tally = _Tally(len(corpus), corpus.looked_at, corpus.refused, self.largest)
-        table = LineFile(folder / TABLE)
-        for cluster in found:
-            tally.add(cluster)
-            for copy in cluster:
-                table.write(copy.to_json())
-                if copy.member.shard < len(surveys):
-                    rows[copy.member.shard].append(_row(copy, len(cluster)))
-        table.close()
-        for shard, own in enumerate(rows):
-            out = LineFile(folder / _rows_name(shard))
-            for row in sorted(own, key=lambda row: row["row"]):
-                out.write(row)
-            out.close()
-        files.write_json(folder / "findings.json", tally.to_json())
+        with tempfile.TemporaryDirectory(prefix="lmworks-dedup-") as room:
+            if self.scope == "against":
+                found = copies_of(corpus, folder=Path(room))
+            else:
+                per_source = self.scope == "per-source"
+                found = clusters_of(corpus, prefer=self.prefer, per_source=per_source, folder=Path(room))
+            looked_at = corpus.looked_at
+            _write(found.table(), folder / TABLE)
+        for shard in range(len(surveys)):
+            _write(found.rows(shard), folder / _rows_name(shard))
+        told = self._told(corpus, found)
+        if self.key.least is not None:
+            told["pairs of candidates"] = {"looked at": looked_at, "refused": corpus.refused}
+        files.write_json(folder / "findings.json", told)
+
+    def _told(self, corpus: Corpus, found: Clusters) -> dict[str, Any]:
+        removed = int(found.removed.sum())
+        largest = found.largest(SHOWN)
+        matrix = {f"{own} like {kept}": count for (own, kept), count in sorted(found.by_source().items())}
+        warnings = [
+            f"a cluster of {size:,} documents, {100 * size / len(corpus):.1f} % of all, around {name}: "
+            "look at it before you trust the outcome"
+            for name, size in largest.items()
+            if size > max(2, int(self.largest * len(corpus)))
+        ]
+        return {
+            "documents": {"compared": len(corpus), "clusters": len(found), "removed": removed},
+            "removed documents, and the source of the one that is kept": matrix,
+            "largest clusters": largest,
+            **({"warnings": warnings} if warnings else {}),
+        }
 
     def run(self, records: Iterable[Record], context: Context) -> Iterator[Record | Dropped]:
         """The documents that are kept, each with the number of documents that it stands for."""
@@ -156,49 +170,11 @@ class Dedup(Settling):
         return found
 
 
-@final
-class _Tally:
-    """What a person wants to know of all clusters together."""
-
-    def __init__(self, documents: int, looked_at: int, refused: int, largest: float) -> None:
-        self._documents, self._limit = documents, largest
-        self._pairs = {"looked at": looked_at, "refused": refused}
-        self._clusters = self._removed = 0
-        self._matrix: Counter[tuple[str, str]] = Counter()
-        self._largest: list[tuple[int, Member]] = []
-
-    def add(self, cluster: Sequence[Copy]) -> None:
-        self._clusters += 1
-        kept = cluster[0].of
-        for copy in cluster:
-            if copy.removed:
-                self._removed += 1
-                self._matrix[copy.member.source, kept.source] += 1
-        self._largest = sorted([*self._largest, (len(cluster), kept)], key=lambda e: (-e[0], e[1].name))[:SHOWN]
-
-    def to_json(self) -> dict[str, Any]:
-        most = max(2, int(self._limit * self._documents))
-        warnings = [
-            f"a cluster of {size:,} documents, {100 * size / self._documents:.1f} % of all, around {member.name}: "
-            "look at it before you trust the outcome"
-            for size, member in self._largest
-            if size > most
-        ]
-        matrix = {f"{source} like {kept}": count for (source, kept), count in sorted(self._matrix.items())}
-        found: dict[str, Any] = {
-            "documents": {"compared": self._documents, "clusters": self._clusters, "removed": self._removed},
-            "removed documents, and the source of the one that is kept": matrix,
-            "largest clusters": {member.name: size for size, member in self._largest},
-        }
-        if self._pairs["looked at"]:
-            found["pairs of candidates"] = self._pairs
-        if warnings:
-            found["warnings"] = warnings
-        return found
-
-
-def _row(copy: Copy, size: int) -> dict[str, Any]:
-    return {"row": copy.member.row, "of": copy.of.name if copy.removed else None, "copies": size}
+def _write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    out = LineFile(path)
+    for row in rows:
+        out.write(row)
+    out.close()
 
 
 def _rows_name(shard: int) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, final
@@ -16,55 +15,70 @@ from numpy.typing import NDArray
 from lmworks.data.clusters import Components, Int, join_alike, shared
 from lmworks.data.keys import Key, text_hash
 from lmworks.data.stage import Surveyed, text_of
-from lmworks.data.units import read_records, read_rows
+from lmworks.data.units import read_records
+
+CHUNK = 100_000
+"""Documents of clusters whose keys are compared in one go."""
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A document of a cluster."""
+class Clusters:
+    """Groups of documents that are the same, end to end: group g from `starts[g]` on, the one that is kept first."""
 
-    number: int
-    """Among all documents, references behind all others."""
-    shard: int
-    row: int
-    source: str
-    id: str
-    length: int
-    reference: bool
+    def __init__(self, corpus: Corpus, numbers: Int, starts: Int, similarity: Any) -> None:
+        self._corpus, self._similarity = corpus, similarity
+        self.numbers, self.starts = numbers, starts
+        self.sizes = np.diff(np.append(starts, len(numbers)))
+        self.kept = np.repeat(numbers[starts], self.sizes)
+        """For each member the one that is kept in its place, which may be itself."""
+        self.removed = (self.kept != numbers) & (numbers < corpus.first_reference)
 
-    @property
-    def name(self) -> str:
-        """Source and id, for people."""
-        return f"{self.source}: {self.id}"
+    def __len__(self) -> int:
+        return len(self.starts)
 
+    def rows(self, shard: int) -> Iterator[dict[str, Any]]:
+        """For each document of a shard that is in a cluster: its row, the name of the one kept in its place, and how
+        many the cluster holds."""
+        first, end = self._corpus.stretch(shard)
+        inside = np.flatnonzero((self.numbers >= first) & (self.numbers < end))
+        sizes = np.repeat(self.sizes, self.sizes)
+        for i in inside[np.argsort(self.numbers[inside], kind="stable")].tolist():
+            of = self._corpus.name(int(self.kept[i])) if self.removed[i] else None
+            yield {"row": int(self.numbers[i]) - first, "of": of, "copies": int(sizes[i])}
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
-    """A member and the one that is kept in its place, which may be itself."""
+    def table(self) -> Iterator[dict[str, Any]]:
+        """A row for each member. `bands` is how many keys it shares with the one that is kept: none where both are
+        only like a third."""
+        cluster = np.repeat(np.arange(len(self)), self.sizes)
+        for start in range(0, len(self.numbers), CHUNK):
+            numbers, kept = self.numbers[start : start + CHUNK], self.kept[start : start + CHUNK]
+            shared_M = (self._corpus.keys_of(numbers) == self._corpus.keys_of(kept)).sum(axis=0)
+            lengths = self._corpus.lengths_of(numbers)
+            for i, (number, of) in enumerate(zip(numbers.tolist(), kept.tolist(), strict=True)):
+                named = {"cluster": int(cluster[start + i]), "source": self._corpus.source(number)}
+                row = {**named, "id": self._corpus.id(number), "length": int(lengths[i])}
+                state = "removed" if self.removed[start + i] else "kept"
+                row["state"] = "reference" if number >= self._corpus.first_reference else state
+                if number != of:
+                    row |= {"like": self._corpus.name(of), "bands": int(shared_M[i])}
+                if number != of and self._similarity is not None:
+                    row["similarity"] = round(self._similarity(min(number, of), max(number, of)), 4)
+                yield row
 
-    member: Member
-    of: Member
-    cluster: int
-    bands: int
-    """How many keys the two share. None may be shared: both are then like a third."""
-    similarity: float | None
-    """Of the two, where pairs are looked at."""
+    def by_source(self) -> dict[tuple[str, str], int]:
+        """Removed documents by their own source and that of the one that is kept."""
+        own, of = (self._corpus.shards_of(numbers[self.removed]) for numbers in (self.numbers, self.kept))
+        pairs, counts = np.unique(np.stack([own, of]), axis=1, return_counts=True)
+        found: dict[tuple[str, str], int] = {}
+        for i, count in enumerate(counts.tolist()):
+            names = self._corpus.sources[pairs[0, i]], self._corpus.sources[pairs[1, i]]
+            found[names] = found.get(names, 0) + count
+        return found
 
-    @property
-    def removed(self) -> bool:
-        """Whether the member is dropped."""
-        return self.member.number != self.of.number and not self.member.reference
-
-    def to_json(self) -> dict[str, Any]:
-        """A row of the table of clusters."""
-        member = self.member
-        named = {"cluster": self.cluster, "source": member.source, "id": member.id, "length": member.length}
-        state = "reference" if member.reference else "removed" if self.removed else "kept"
-        like = {"like": self.of.name, "bands": self.bands} if self.member.number != self.of.number else {}
-        alike = {"similarity": round(self.similarity, 4)} if like and self.similarity is not None else {}
-        return {**named, "state": state, **like, **alike}
+    def largest(self, count: int) -> dict[str, int]:
+        """Names of the documents that are kept of the largest clusters, with their sizes."""
+        order = np.argsort(-self.sizes, kind="stable")[:count]
+        return {self._corpus.name(int(self.numbers[self.starts[g]])): int(self.sizes[g]) for g in order}
 
 
 @final
@@ -76,6 +90,7 @@ class Corpus:
         self.key, self._memory = key, memory
         self.keys = [np.load(one.folder / "keys.npy", mmap_mode="r", allow_pickle=False) for one in self._surveys]
         self._starts = np.cumsum([0, *(part.shape[1] for part in self.keys)])
+        self._list = self._starts.tolist()
         self.first_reference = int(self._starts[len(surveys)])
         self.looked_at = self.refused = 0
 
@@ -95,36 +110,60 @@ class Corpus:
         for band in range(self.key.bands):
             yield from shared(self.keys, band, self._memory, salts)
 
-    def members(self, numbers: Sequence[int]) -> dict[int, Member]:
-        """The documents of these numbers."""
-        wanted = np.array(sorted(numbers), dtype=np.int64)
-        found: dict[int, Member] = {}
-        for shard, survey in enumerate(self._surveys):
-            start, end = int(self._starts[shard]), int(self._starts[shard + 1])
-            rows = set((wanted[(wanted >= start) & (wanted < end)] - start).tolist())
-            if not rows:
-                continue
-            lengths = np.load(survey.folder / "lengths.npy", mmap_mode="r", allow_pickle=False)
-            for row, entry in enumerate(read_rows(survey.folder / "ids.jsonl.zst")):
-                if row in rows:
-                    found[start + row] = Member(
-                        number=start + row,
-                        shard=shard,
-                        row=row,
-                        source=self.sources[shard],
-                        id=entry["id"],
-                        length=int(lengths[row]),
-                        reference=start >= self.first_reference,
-                    )
+    def stretch(self, shard: int) -> tuple[int, int]:
+        """The numbers of a shard's documents: from the first to before the second."""
+        return int(self._starts[shard]), int(self._starts[shard + 1])
+
+    def shards_of(self, numbers: Int) -> Int:
+        """The shard of each document."""
+        return np.searchsorted(self._starts, numbers, side="right") - 1
+
+    def source(self, number: int) -> str:
+        """The source of a document."""
+        return self.sources[self._shard(number)]
+
+    def id(self, number: int) -> str:
+        """The id of a document, from the file of its shard."""
+        shard = self._shard(number)
+        row = number - int(self._starts[shard])
+        ends, text = self._ids[shard]
+        return bytes(text[ends[row] : ends[row + 1]]).decode("utf-8", "surrogatepass")
+
+    def name(self, number: int) -> str:
+        """Source and id, for people."""
+        return f"{self.source(number)}: {self.id(number)}"
+
+    def lengths_of(self, numbers: Int) -> Int:
+        """Characters of each document."""
+        found = np.empty(len(numbers), dtype=np.int64)
+        for shard, mine, rows in self._by_shard(numbers):
+            found[mine] = np.load(self._surveys[shard].folder / "lengths.npy", mmap_mode="r", allow_pickle=False)[rows]
         return found
 
-    def shared_bands(self, first: int, second: int) -> int:
-        """How many keys two documents share."""
-        return int(np.count_nonzero(self._keys_of(first) == self._keys_of(second)))
+    def keys_of(self, numbers: Int) -> NDArray[Any]:
+        """keys_KM of M documents."""
+        found = np.empty((self.key.bands, len(numbers)), dtype=np.uint64)
+        for shard, mine, rows in self._by_shard(numbers):
+            found[:, mine] = self.keys[shard][:, rows]
+        return found
 
-    def _keys_of(self, number: int) -> NDArray[Any]:
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return np.asarray(self.keys[shard][:, number - int(self._starts[shard])])
+    def _by_shard(self, numbers: Int) -> Iterator[tuple[int, Int, Int]]:
+        """Each shard that has some of the documents, their places among them, and their rows."""
+        shards = self.shards_of(numbers)
+        for shard in np.unique(shards).tolist():
+            mine = np.flatnonzero(shards == shard)
+            yield shard, mine, numbers[mine] - int(self._starts[shard])
+
+    @cached_property
+    def _ids(self) -> list[tuple[Any, Any]]:
+        """For each shard where ids end, and their bytes; both stay on disk."""
+        folders = [one.folder for one in self._surveys]
+        ends = [np.load(folder / "ends.npy", mmap_mode="r", allow_pickle=False) for folder in folders]
+        texts = [np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False) for folder in folders]
+        return list(zip(ends, texts, strict=True))
+
+    def _shard(self, number: int) -> int:
+        return bisect_right(self._list, number) - 1
 
     def details(self, wanted: NDArray[np.bool_], folder: Path) -> Details:
         """What similarities are computed from, of the wanted documents, in a file of that folder."""
@@ -162,46 +201,40 @@ class Details:
         return np.asarray(self._all[self._ends[place] : self._ends[place + 1]])
 
 
-def clusters_of(corpus: Corpus, *, prefer: Sequence[str], per_source: bool) -> list[list[Copy]]:
-    """All clusters of two documents or more, each with the one that is kept first. They do not depend on the order."""
+def clusters_of(corpus: Corpus, *, prefer: Sequence[str], per_source: bool, folder: Path) -> Clusters:
+    """All clusters of two documents or more. Which of them is kept does not depend on the order. The folder is for
+    what pairs are compared by, as long as the clusters are used."""
     found = Components(len(corpus))
     if corpus.key.least is None:
         for band in corpus.bands(per_source):
             found.join(band.members, band.firsts)
         return _chosen(corpus, found, prefer, None)
-    with tempfile.TemporaryDirectory(prefix="lmworks-dedup-") as folder:
-        details = corpus.details(_candidates(corpus, per_source), Path(folder))
-        similarity = _similarity(corpus, details)
-        refused: set[tuple[int, int]] = set()
-        for band in corpus.bands(per_source):
-            for group in band.groups():
-                roots = found.roots(group)
-                if (roots != roots[0]).any():
-                    join_alike(found, group, lambda a, b: similarity(a, b) >= (corpus.key.least or 0.0), refused)
-        corpus.refused = len(refused)
-        return _chosen(corpus, found, prefer, similarity)
+    similarity = _similarity(corpus, corpus.details(_candidates(corpus, per_source), folder))
+    refused: set[tuple[int, int]] = set()
+    for band in corpus.bands(per_source):
+        for group in band.groups():
+            roots = found.roots(group)
+            if (roots != roots[0]).any():
+                join_alike(found, group, lambda a, b: similarity(a, b) >= (corpus.key.least or 0.0), refused)
+    corpus.refused = len(refused)
+    return _chosen(corpus, found, prefer, similarity)
 
 
-def copies_of(corpus: Corpus) -> list[list[Copy]]:
+def copies_of(corpus: Corpus, *, folder: Path) -> Clusters:
     """For each document that is the same as a reference: the two of them, the reference first. Where several are, the
     first of the reference documents counts."""
-    with tempfile.TemporaryDirectory(prefix="lmworks-dedup-") as folder:
-        similarity = None
-        if corpus.key.least is not None:
-            similarity = _similarity(corpus, corpus.details(_candidates(corpus, False), Path(folder)))
-        pairs: dict[int, int] = {}
-        refused: set[tuple[int, int]] = set()
-        for band in corpus.bands():
-            for group in band.groups():
-                if group[-1] >= corpus.first_reference > group[0]:
-                    _match(corpus, group, similarity, pairs, refused)
-        corpus.refused = len(refused)
-        members = corpus.members([*pairs, *set(pairs.values())])
-        order = sorted(pairs, key=lambda n: (members[n].source, members[n].id, n))
-        return [
-            [_copy(corpus, members[n], members[pairs[number]], cluster, similarity) for n in (pairs[number], number)]
-            for cluster, number in enumerate(order)
-        ]
+    similarity = None
+    if corpus.key.least is not None:
+        similarity = _similarity(corpus, corpus.details(_candidates(corpus, False), folder))
+    pairs: dict[int, int] = {}
+    refused: set[tuple[int, int]] = set()
+    for band in corpus.bands():
+        for group in band.groups():
+            if group[-1] >= corpus.first_reference > group[0]:
+                _match(corpus, group, similarity, pairs, refused)
+    corpus.refused = len(refused)
+    numbers = np.array([[pairs[number], number] for number in sorted(pairs)], dtype=np.int64).reshape(-1)
+    return Clusters(corpus, numbers, np.arange(0, len(numbers), 2, dtype=np.int64), similarity)
 
 
 def _match(
@@ -238,30 +271,37 @@ def _similarity(corpus: Corpus, details: Details) -> Any:
     return similarity
 
 
-def _chosen(corpus: Corpus, found: Components, prefer: Sequence[str], similarity: Any) -> list[list[Copy]]:
+def _chosen(corpus: Corpus, found: Components, prefer: Sequence[str], similarity: Any) -> Clusters:
+    """The clusters in the order of their smallest numbers, each with the one that is kept first: a reference, of the
+    source that is preferred, the longest, the one whose source and id come first."""
     labels = found.labels()
-    numbers = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1) if len(labels) else labels
-    members = corpus.members(numbers.tolist())
-    grouped: dict[int, list[Member]] = {}
-    for number in numbers.tolist():
-        grouped.setdefault(int(labels[number]), []).append(members[number])
-    order = {source: place for place, source in enumerate(prefer)}
-
-    def rank(member: Member) -> tuple[Any, ...]:
-        place = order.get(member.source, len(order))
-        return (not member.reference, place, -member.length, member.source, member.id, member.number)
-
-    clusters = sorted((sorted(group, key=rank) for group in grouped.values()), key=lambda g: (g[0].source, g[0].id))
-    clusters = [group for group in clusters if not all(member.reference for member in group)]
-    return [
-        [_copy(corpus, member, group[0], number, similarity) for member in group]
-        for number, group in enumerate(clusters)
+    wanted = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1) if len(labels) else labels
+    numbers = wanted.astype(np.int64)
+    places = {source: place for place, source in enumerate(prefer)}
+    place_S = np.array([places.get(source, len(places)) for source in corpus.sources], dtype=np.int64)
+    rank = [
+        -corpus.lengths_of(numbers),
+        place_S[corpus.shards_of(numbers)],
+        numbers < corpus.first_reference,
+        labels[numbers],
     ]
-
-
-def _copy(corpus: Corpus, member: Member, of: Member, cluster: int, similarity: Any) -> Copy:
-    alike = None
-    if similarity is not None and member.number != of.number:
-        alike = similarity(min(member.number, of.number), max(member.number, of.number))
-    bands = corpus.shared_bands(member.number, of.number)
-    return Copy(member=member, of=of, cluster=cluster, bands=bands, similarity=alike)
+    order = np.lexsort(rank)
+    numbers, rank = numbers[order], [column[order] for column in rank]
+    begins = np.flatnonzero(np.diff(rank[-1], prepend=-1)).astype(np.int64)
+    # a cluster of references alone is nobody's business; references stand first, so its last one tells
+    ends = np.append(begins[1:], len(numbers))
+    some = np.flatnonzero(numbers[ends - 1] < corpus.first_reference) if len(begins) else begins
+    picked = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(begins[g], ends[g]) for g in some)])
+    sizes = ends[some] - begins[some]
+    starts = np.cumsum(sizes) - sizes
+    numbers, rank = numbers[picked], [column[picked] for column in rank]
+    tied = np.ones(len(numbers), dtype=np.bool_)  # as good as the one before it
+    for column in rank:
+        tied[1:] &= column[1:] == column[:-1]
+    for start in starts[np.append(tied[1:], False)[starts]].tolist():
+        end = start + 1
+        while end < len(numbers) and tied[end]:
+            end += 1
+        best = min(range(start, end), key=lambda i: (corpus.source(n := int(numbers[i])), corpus.id(n), n))
+        numbers[start], numbers[best] = numbers[best], numbers[start]
+    return Clusters(corpus, numbers, starts, similarity)

@@ -101,7 +101,7 @@ def record_of(row: dict[str, Any]) -> Record:
 def read_records(path: Path) -> Iterator[Record]:
     """The documents of a file, in order."""
     for line in open_lines(path):
-        yield record_of(json.loads(line))
+        yield record_of(json.loads(line.decode("utf-8", "surrogatepass")))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
