@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -155,6 +156,17 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same(corpus: list[Path], tmp_
     run(decoded, tmp_path / "killed")
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "unbroken")
     assert {unit: unit.stat().st_mtime_ns for unit in before} == before, "a unit that was whole was made again"
+
+
+@pytest.mark.slow
+def test_hash_seeds_do_not_change_a_byte(corpus: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("rensa", reason="the extra 'data' is not installed")
+    stages = [*STAGES[:2], {"use": "dedup", "key": {"use": "minhash", "verify": 0.6}}, STAGES[2]]
+    run(recipe(corpus, stages), tmp_path / "here")
+    for seed in ("1", "2"):
+        words = [sys.executable, "-c", CHILD, str(tmp_path / "here" / "recipe.toml"), str(tmp_path / seed)]
+        subprocess.run(words, check=True, cwd=Path.cwd(), env={**os.environ, "PYTHONHASHSEED": seed})
+        assert hashes(tmp_path / seed) == hashes(tmp_path / "here")
 
 
 def _units(folder: Path) -> list[Path]:

@@ -77,6 +77,7 @@ SLOTS: dict[str, Shelf] = {
         {
             "exact": Part("data.keys:Exact", "equal texts"),
             "minhash": Part("data.keys:MinHash", "near copies, by MinHash and bands (rensa)"),
+            "embedding": Part("data.embedding:Embedding", "equal meanings, by the cosine of word vectors (wordllama)"),
         },
         default="minhash",
     ),

@@ -80,8 +80,9 @@ class Dedup(Settling):
         return self.against
 
     def survey_settings(self) -> dict[str, Any]:
-        """Those of the key without its `verify`: keys do not depend on what is done with them."""
-        return {name: value for name, value in recipes.table_of(self.key).items() if name != "verify"}
+        """Those of the key that its keys depend on."""
+        apart = self.key.survey_apart()
+        return {name: value for name, value in recipes.table_of(self.key).items() if name not in apart}
 
     def memory(self, documents: int) -> int:
         """The forest of all documents, and the keys of one band as far as `memory_mb` allows."""
@@ -113,7 +114,7 @@ class Dedup(Settling):
     ) -> None:
         """For each shard the rows that have copies; a table of all clusters; what the report tells."""
         corpus = Corpus(surveys, references, self.key, memory=self.memory_mb * 1_000_000)
-        with tempfile.TemporaryDirectory(prefix="lmworks-dedup-") as room:
+        with tempfile.TemporaryDirectory(prefix=".details-", dir=folder) as room:
             if self.scope == "against":
                 found = copies_of(corpus, folder=Path(room))
             else:

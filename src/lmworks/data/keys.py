@@ -38,6 +38,10 @@ class Key(ABC):
         """Similarity that a candidate pair must have to count; none: candidates are not looked at again."""
         return None
 
+    def survey_apart(self) -> frozenset[str]:
+        """Settings that the keys do not depend on."""
+        return frozenset()
+
     @abstractmethod
     def keys(self, texts: Sequence[str], seed: int) -> U64:
         """keys_DK: the keys of every text, of D documents and K bands."""
@@ -120,6 +124,10 @@ class MinHash(Key):
     def least(self) -> float | None:
         """`verify`."""
         return self.verify
+
+    def survey_apart(self) -> frozenset[str]:
+        """`verify`."""
+        return frozenset(("verify",))
 
     def keys(self, texts: Sequence[str], seed: int) -> U64:
         """One hash for each band of the signature."""

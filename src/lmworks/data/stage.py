@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def guarded(stage: Stage, records: Iterable[Record], context: Context) -> Iterat
 
     A stage that answers another document, too few or too many, or adds facts that it did not declare, is our bug.
     """
-    waiting: list[Record] = []
+    waiting: deque[Record] = deque()
 
     def shown() -> Iterator[Record]:
         for record in records:
@@ -177,7 +178,7 @@ def guarded(stage: Stage, records: Iterable[Record], context: Context) -> Iterat
     name = type(stage).__name__
     for answer in stage.run(shown(), context):
         assert waiting, f"{name} answers more documents than it was given"
-        record = waiting.pop(0)
+        record = waiting.popleft()
         assert answer.id == record.id, f"{name} answers '{answer.id}' where '{record.id}' was next"
         yield record, answer if isinstance(answer, Dropped) else _merged(stage, record, answer)
     assert not waiting, f"{name} leaves {len(waiting)} documents without an answer"

@@ -58,7 +58,10 @@ def budget(recipe: Data) -> Budget:
         for number, reader in enumerate(recipe.readers):
             found = scan(reader, cache)
             tried = _try(recipe, reader, found, Path(folder) / str(number))
-            taken.append((max(1.0, found.size / tried.file_bytes if tried.file_bytes else 1.0), tried))
+            scale = found.size / tried.file_bytes if tried.file_bytes else 1.0
+            if reader.max_bytes is not None and tried.text_bytes:
+                scale = min(scale, reader.max_bytes / tried.text_bytes)
+            taken.append((max(1.0, scale), tried))
     documents = round(sum(scale * tried.documents for scale, tried in taken))
     text = round(sum(scale * tried.text_bytes for scale, tried in taken))
     width = _width(recipe)
@@ -112,7 +115,7 @@ def _try(recipe: Data, reader: Reader, found: Fingerprint, folder: Path) -> _Tri
 
 def _some(reader: Reader, found: Fingerprint, tried: _Tried) -> Iterator[Record]:
     """Documents of files spread evenly over all, until a hundredth of the bytes is read."""
-    wanted = min(max(found.size * SHARE, LEAST), MOST)
+    wanted = min(max(found.size * SHARE, LEAST), MOST, reader.max_bytes or MOST)
     sources = found.source_files()
     order = sorted(range(len(sources)), key=lambda i: (_reversed_bits(i), i))
     read = 0.0
