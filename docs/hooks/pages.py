@@ -45,6 +45,7 @@ FOLDERS = (
     "plan",
     "evaluate",
     "serve",
+    "make",
     "audit",
     "prove",
 )

@@ -15,6 +15,7 @@ from lmworks.cli import (
     audit,
     chat,
     compare,
+    data,
     doctor,
     eval,
     export,
@@ -34,6 +35,7 @@ from lmworks.core.errors import LmworksError
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
+    "data": data.data,
     "train": train.train,
     "plan": plan.plan,
     "rehearse": rehearse.rehearse,

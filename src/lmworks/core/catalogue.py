@@ -57,6 +57,30 @@ SLOTS: dict[str, Shelf] = {
             "huggingface": Part("data.read:HuggingFace", "a Hugging Face dataset, local folder or hub name"),
         },
     ),
+    "stage": Shelf(
+        "what is done with documents before they are tokens",
+        {
+            "repair": Part("data.repair:Repair", "undo mojibake, one Unicode spelling (ftfy)"),
+            "length": Part("data.length:Length", "drop documents that are too short or too long"),
+            "lines": Part("data.rules:Lines", "take out lines: C4's rules"),
+            "rules": Part("data.rules:Rules", "quality rules as data: Gopher, C4, FineWeb, or a file of one's own"),
+            "language": Part("data.language:Language", "mark the language, keep the wanted ones (py3langid)"),
+            "private": Part("data.private:Private", "mask e-mail addresses, IP addresses, numbers, keys"),
+            "licence": Part("data.licences:Licence", "keep documents by their licence"),
+            "dedup": Part("data.dedup:Dedup", "keep one of the documents that are the same"),
+            "decontaminate": Part("data.decontaminate:Decontaminate", "drop documents that hold items of test sets"),
+            "split": Part("data.split:Split", "training, validation and test documents by hash"),
+        },
+    ),
+    "key": Shelf(
+        "what makes two documents the same",
+        {
+            "exact": Part("data.keys:Exact", "equal texts"),
+            "minhash": Part("data.keys:MinHash", "near copies, by MinHash and bands (rensa)"),
+            "embedding": Part("data.embedding:Embedding", "equal meanings, by the cosine of word vectors (wordllama)"),
+        },
+        default="minhash",
+    ),
     "tokenizer": Shelf(
         "how text becomes token ids",
         {
@@ -164,12 +188,14 @@ SLOTS: dict[str, Shelf] = {
 }
 
 VERBS: dict[str, str] = {
+    "data": "make.recipe:Data",
     "train": "train.recipe:Train",
     "prove": "prove.recipe:Proof",
 }
 """Verbs that run a recipe, and the dataclass that such a recipe decodes to."""
 
 FOLDERS: dict[str, str] = {
+    "data": "data",
     "train": "train",
     "prove": "proofs",
 }

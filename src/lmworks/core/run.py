@@ -77,7 +77,7 @@ class RunFolder:
             raise self._unwritable(error) from error
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, doing: str = "trains") -> Iterator[None]:
         """Keep other processes out of the folder until the block ends. Raises LmworksError when one is in it.
 
         The lock is the kernel's, on a file beside the folder, so it goes with a process that is killed. Where locks do
@@ -93,9 +93,9 @@ class RunFolder:
         if handle is None:
             pid = lock.read_text(encoding="utf-8").strip() if lock.is_file() else ""
             raise LmworksError(
-                f"another process trains here{f' (pid {pid})' if pid else ''}",
+                f"another process {doing} here{f' (pid {pid})' if pid else ''}",
                 where=str(self.path),
-                next_step="wait until it ends, or give another folder with --run DIR",
+                next_step="wait until it ends, or give another folder (--run DIR or --out DIR)",
             )
         try:
             yield

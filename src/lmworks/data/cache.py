@@ -22,13 +22,16 @@ def cache_folder(setting: str | None) -> Path:
     return Path(setting).expanduser() if setting else home()
 
 
+ELSEWHERE = "set data.cache or LMWORKS_HOME to a folder with room"
+"""What a person does who cannot make room where the cache lies."""
+
+
 @contextmanager
-def speaking(folder: Path) -> Iterator[None]:
+def speaking(folder: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Turn an operating system's refusal to write below `folder` into a DataError that says what to do."""
     try:
         yield
     except OSError as error:
-        elsewhere = "set data.cache or LMWORKS_HOME to a folder with room"
         if error.errno in files.FULL:
             raise DataError(
                 "the disk is full", where=str(folder), next_step=f"free some space, or {elsewhere}"
@@ -37,7 +40,13 @@ def speaking(folder: Path) -> Iterator[None]:
         raise DataError(what, where=str(folder), next_step=f"make it writable, or {elsewhere}") from error
 
 
-def make_once(folder: Path, build: Callable[[Path], None], *, waiting: Callable[[], None] | None = None) -> None:
+def make_once(
+    folder: Path,
+    build: Callable[[Path], None],
+    *,
+    waiting: Callable[[], None] | None = None,
+    elsewhere: str = ELSEWHERE,
+) -> None:
     """Let `build` fill a temporary folder, make it durable, rename it to `folder`; nothing when it is complete.
 
     One process builds, others wait for it: the lock is the kernel's, so it goes with a process that is killed. Where
@@ -45,16 +54,16 @@ def make_once(folder: Path, build: Callable[[Path], None], *, waiting: Callable[
     """
     if (folder / MANIFEST).is_file():
         return
-    with speaking(folder):
+    with speaking(folder, elsewhere):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, waiting):
+    with _lock(folder, waiting, elsewhere):
         if (folder / MANIFEST).is_file():
             return
         for left_over in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed: we hold the lock
             shutil.rmtree(left_over, ignore_errors=True)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
-            with speaking(folder):
+            with speaking(folder, elsewhere):
                 temporary.mkdir()
                 build(temporary)
                 files.sync(temporary)
@@ -75,8 +84,8 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _lock(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
-    with speaking(folder):
+def _lock(folder: Path, waiting: Callable[[], None] | None, elsewhere: str) -> Iterator[None]:
+    with speaking(folder, elsewhere):
         handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:

@@ -68,6 +68,9 @@ class Dropped:
 
     id: str
     reason: str
+    """A few words, the same for all documents that are left out for it."""
+    detail: str = ""
+    """What it was held against in this document: the figure, the matched text, the document that was kept."""
 
 
 def content_hash(record: Record) -> int:

@@ -25,15 +25,14 @@ class Local(Executor):
 
     def start(self, folder: JobFolder, names: Sequence[str], told: Told) -> None:
         """Run the jobs, `processes` at a time; no new one begins after one has failed."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        width = self.processes or cores
+        width = self.processes or cores()
         waiting, running = list(names), dict[str, subprocess.Popen[bytes]]()
         failed = False
         try:
             while running or (waiting and not failed):
                 while waiting and len(running) < width and not failed:
                     name = waiting.pop(0)
-                    running[name] = _process(folder, name, threads=max(1, cores // width))
+                    running[name] = _process(folder, name, threads=max(1, cores() // width))
                     told(name, "started")
                 for name, process in list(running.items()):
                     if process.poll() is not None:
@@ -46,6 +45,11 @@ class Local(Executor):
                 process.terminate()
             for process in running.values():
                 _close(process)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,137 @@
+"""Connected components of documents, from keys that lie on disk, one band at a time and in bounded memory.
+
+Documents are numbered from 0. A component is called by its smallest number. What comes out depends on which documents
+share keys, and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmworks.data.shingles import U64, mixed
+
+Int = NDArray[np.int64]
+BYTES_A_DOCUMENT = 40
+"""Of a band's keys while they are sorted: key, number, order, sorted key and number."""
+Alike = Callable[[int, int], bool]
+"""Whether two documents that share a key are the same when they are looked at."""
+
+
+@final
+class Components:
+    """A forest over N documents in which every root is the smallest number of its tree."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+
+    def join(self, first: NDArray[Any], second: NDArray[Any]) -> None:
+        """Put each first and second into one component, all pairs at once."""
+        while len(first):
+            a, b = self.roots(first), self.roots(second)
+            apart = a != b
+            first, second = np.maximum(a[apart], b[apart]), np.minimum(a[apart], b[apart])
+            np.minimum.at(self.parent, first, second)
+        self._flatten()
+
+    def join_one(self, first: int, second: int) -> None:
+        """Put two documents into one component."""
+        a, b = self.root(first), self.root(second)
+        self.parent[max(a, b)] = min(a, b)
+
+    def roots(self, documents: NDArray[Any]) -> NDArray[Any]:
+        """The components of some documents."""
+        found: NDArray[Any] = self.parent[documents]
+        while True:
+            above: NDArray[Any] = self.parent[found]
+            if np.array_equal(above, found):
+                return found
+            found = above
+
+    def root(self, document: int) -> int:
+        """The component of one document."""
+        while self.parent[document] != document:
+            self.parent[document] = self.parent[self.parent[document]]  # half the way for those who come later
+            document = int(self.parent[document])
+        return document
+
+    def labels(self) -> NDArray[Any]:
+        """The component of every document."""
+        self._flatten()
+        return self.parent
+
+    def _flatten(self) -> None:
+        while True:
+            above = self.parent[self.parent]
+            if np.array_equal(above, self.parent):
+                return
+            self.parent = above
+
+
+@final
+class Band:
+    """Documents that share a key in one band, some at a time: `members` end to end, group g from `starts[g]` on."""
+
+    def __init__(self, members: NDArray[Any], starts: Int) -> None:
+        self.members, self.starts = members, starts
+
+    @property
+    def firsts(self) -> NDArray[Any]:
+        """For each member the first of its group, which is the smallest number."""
+        sizes = np.diff(np.append(self.starts, len(self.members)))
+        return np.repeat(self.members[self.starts], sizes)
+
+    def groups(self) -> Iterator[NDArray[Any]]:
+        """Each group, numbers rising."""
+        yield from np.split(self.members, self.starts[1:]) if len(self.members) else ()
+
+
+def shared(keys: Sequence[NDArray[Any]], band: int, memory: int, salts: Sequence[int] | None = None) -> Iterator[Band]:
+    """The documents that share keys in one band. Keys that nobody shares are left out.
+
+    keys: keys_KD of each shard, memory-mapped. memory: bytes; where all keys at once would need more, they are gone
+    through several times, each time another part of them. salts: documents of shards with different ones never share.
+    """
+    starts = np.cumsum([0, *(part.shape[1] for part in keys)])
+    parts = max(1, -(-int(starts[-1]) * BYTES_A_DOCUMENT // max(1, memory)))
+    for part in range(parts):
+        chosen: list[U64] = []
+        numbers: list[NDArray[Any]] = []
+        for shard, matrix in enumerate(keys):
+            values = np.asarray(matrix[band])
+            if salts is not None:
+                values = values ^ mixed(np.array([salts[shard]], dtype=np.uint64))
+            own = np.arange(starts[shard], starts[shard + 1], dtype=np.int32 if starts[-1] < 2**31 else np.int64)
+            if parts > 1:
+                mine = values % np.uint64(parts) == np.uint64(part)
+                values, own = values[mine], own[mine]
+            chosen.append(values)
+            numbers.append(own)
+        yield _grouped(np.concatenate(chosen), np.concatenate(numbers))
+
+
+def _grouped(values: U64, numbers: NDArray[Any]) -> Band:
+    if not len(values):
+        return Band(numbers, np.zeros(0, dtype=np.int64))
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    same = np.concatenate([[False], values[1:] == values[:-1], [False]])
+    shared_by_some = same[:-1] | same[1:]
+    begins = ~same[:-1][shared_by_some]
+    return Band(numbers[order[shared_by_some]], np.flatnonzero(begins).astype(np.int64))
+
+
+def join_alike(found: Components, group: NDArray[Any], alike: Alike, refused: set[tuple[int, int]]) -> None:
+    """Join those of a group that are the same when they are looked at. Pairs in one component are not looked at, nor
+    those that were refused before; so the components are those of all pairs of the group that are alike."""
+    for i, first in enumerate(group.tolist()):
+        for second in group[i + 1 :].tolist():
+            if (first, second) in refused or found.root(first) == found.root(second):
+                continue
+            if alike(first, second):
+                found.join_one(first, second)
+            else:
+                refused.add((first, second))
