@@ -213,15 +213,20 @@ def verdicts(rows: Sequence[dict[str, Any]], tolerance: float) -> dict[str, Any]
 def draw(studies: Sequence[dict[str, Any]], path: Path) -> None:
     """Idle time over ranks, a panel for each corpus and clock at the longest rows that all have."""
     longest = min(max(s["tokens_of_a_row"] for s in studies if s["corpus"] == name) for name in _names(studies))
-    shown = [study for study in studies if study["tokens_of_a_row"] == longest]
-    figure, panels = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.8), squeeze=False, sharey=True)
-    for panel, study in zip(panels[0], shown, strict=True):
+    shown = {(s["clock"], s["corpus"]): s for s in studies if s["tokens_of_a_row"] == longest}
+    named, corpora = (list(dict.fromkeys(names)) for names in zip(*shown, strict=True))
+    size = (4.2 * len(corpora), 3.2 * len(named))
+    figure, panels = plt.subplots(len(named), len(corpora), figsize=size, squeeze=False, sharey=True, sharex=True)
+    for (clock, corpus), study in shown.items():
+        panel = panels[named.index(clock)][corpora.index(corpus)]
         for arm in ARMS:
             own = [row for row in study["packings"] if row["arm"] == arm]
             panel.plot([r["ranks"] for r in own], [100 * r["idle"] for r in own], marker="o", label=arm)
         panel.set_xscale("log", base=2)
-        panel.set(title=f"{study['corpus']}, {study['clock']}", xlabel="ranks of data parallel")
-    panels[0][0].set(ylabel="idle, % of a rank's time")
+        panel.set_xticks(RANKS, [str(ranks) for ranks in RANKS], minor=False)
+        panel.set_title(f"{corpus}, {clock}", fontsize=10)
+    figure.supxlabel("ranks of data parallel")
+    figure.supylabel("idle, % of a rank's time")
     panels[0][0].set_ylim(bottom=0)
     panels[0][-1].legend(fontsize=8)
     figure.suptitle(f"Two rows of {longest} tokens on each rank; modelled links, 8b modelled altogether", fontsize=10)
