@@ -227,6 +227,12 @@ def test_a_pipeline_that_mostly_waits_is_told(text: Path, cache: Path, tmp_path:
     assert any("ranks of the pipeline wait 100 % of the time that they compute" in note for note in notes[0])
 
 
+def test_nodes_that_nobody_names_are_told(text: Path, cache: Path, tmp_path: Path) -> None:
+    over = {"layout": {"use": "zero", "stage": "hpz"}, "steps": 1}
+    notes = gang.run(ranked.train, 2, ranked.table(text, cache, **over), str(tmp_path / "run"))
+    assert any("ranks_per_node is left out; this is hsdp, in groups of 2" in note for note in notes[0])
+
+
 @pytest.mark.parametrize(
     ("ranks", "over", "said"),
     [

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lmworks.core import recipe as recipes
 from lmworks.parallel import gang
 from lmworks.parallel.layout import AXES, Layout
+from lmworks.parallel.state import StatePlacement
 from lmworks.train.rehearse import (
     Scene,
     Seen,
@@ -137,6 +138,25 @@ def test_a_scene_is_rehearsed_as_it_is() -> None:
     assert found.billed
     assert found.sent.keys() == {"pp"}
     assert np.isfinite(found.gradient)
+
+
+@pytest.mark.ranks
+def test_a_placement_of_states_is_rehearsed_with_its_levels() -> None:
+    state = StatePlacement(weights=1, gradients=2, levels=(2,))
+    found = rehearse(scene_of("untied-2", Layout(dp_shard=4, state=state), micro_rows=1))
+    assert found.equal
+    assert found.billed
+    assert found.levels.keys() == {"among 2", "network"}
+    assert found.levels["network"] == pytest.approx(found.sent["optimizer"])
+    assert sum(found.levels.values()) == pytest.approx(sum(found.sent.values()))
+
+
+def test_states_shrink_by_their_steps() -> None:
+    state = StatePlacement(weights=2, gradients=8, levels=(2, 8))
+    found, said = reduce_degrees(Layout(dp_shard=96, cp=4, tp=2, state=state), 16)
+    assert found == Layout(dp_shard=4, cp=2, tp=2, state=StatePlacement(weights=2, gradients=4, levels=(2, 4)))
+    assert said == ["dp_shard x cp: 384 -> 8, in the same steps"]
+    assert reduce_degrees(found, 16) == (found, [])
 
 
 @pytest.mark.ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -104,6 +105,13 @@ def test_changes_free_what_they_say(text: Path, cache: Path) -> None:
     changed = recipes.decode(recipes.apply_sets(table, [word.strip("'") for word in written]))
     assert catalogue.name_of(changed.optimizer) == "coat"
     assert changed.optimizer.core() == before.recipe.optimizer
+
+
+def test_weights_that_few_ranks_share_may_be_shared_by_more(text: Path, cache: Path) -> None:
+    made = toy.recipe(text, cache, layout={"dp_shard": 2, "state": {"weights": 1}})
+    told = predict(made, made.layout, 0, vocabulary=257)
+    before = dataclasses.replace(account(text, cache), recipe=made, layout=made.layout, predicted=told)
+    assert {"layout.state.weights": 2} in [change.values for change in changes(before)]
 
 
 def test_a_change_is_found_beside_moments_in_codes(text: Path, cache: Path) -> None:

@@ -207,6 +207,8 @@ def _candidates(account: Account) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"micro_batch_size": rows, "saved.use": "recompute"}, ""
     if layout.size("dp_shard") > 1 or layout.ranks == 1:
         yield {"layout.dp_shard": 2 * layout.size("dp_shard")}, "twice the ranks, each with memory of its own"
+    if layout.masters:
+        yield {"layout.state.weights": 2 * layout.size("weights")}, "weights are gathered from twice the ranks"
     yield {"precision": "bf16"}, "activations are rounded"
     for name, part in catalogue.SLOTS["optimizer"].parts.items():
         if name != catalogue.name_of(recipe.optimizer):
