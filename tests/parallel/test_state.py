@@ -105,6 +105,8 @@ REFUSED: list[tuple[int, list[str], str]] = [
     ),
     (8, ["secondary=2", "../tp=2"], r"state\.secondary: .* there are several: tp = 2"),
     (4, ["secondary=2", "../reshard=false"], "kept for the backward pass: reshard = false says"),
+    (4, ["secondary=3", "secondary_as='int8'"], r"3 is no divisor above 1 of dp_shard x cp = 4\. Legal: 2, 4"),
+    (4, ["weights=1", "secondary=2", "secondary_as='int8'"], "secondary: has no effect: weights = 1, so nothing"),
     (4, ["secondary_as='int8'"], "secondary_as: has no effect without secondary"),
     (4, ["weights=1", "weights_as='int8'"], "weights_as: has no effect: weights = 1"),
     (4, ["weights=1", "gradients=1", "gradients_as='int4'"], "gradients_as: has no effect: gradients = 1"),

@@ -46,7 +46,11 @@ CASES = [
     case("topo-all", **TOPO, secondary=4, secondary_as="int8", **QWZ | QGZ),
     case("topo-copy-of-pair", **TOPO, secondary=2, secondary_as="int8", gradients_as="int8", block=64),
     case("zero-2", weights=1, levels=(2,), **QGZ),
-    Case("both-tp-2", {"dp_shard": 2, "tp": 2, "state": StatePlacement(**QWZ | QGZ)}, micro=2),
+    Case(
+        "both-copy-tp-2",
+        {"dp_shard": 2, "tp": 2, "state": StatePlacement(secondary=2, secondary_as="int8", **QWZ | QGZ)},
+        micro=2,
+    ),
     Case("both-of-cp-2", {"dp_shard": 2, "cp": 2, "state": StatePlacement(levels=(2,), **QWZ | QGZ)}, micro=2),
     Case("both-pp-2", {"pp": 2, "dp_shard": 2, "state": StatePlacement(**QWZ | QGZ)}, micro=1),
     Case("zero-2-pp-2", {"pp": 2, "dp_shard": 2, "state": StatePlacement(weights=1, **QGZ)}, micro=1),

@@ -51,7 +51,7 @@ class StatePlacement:
     """Ranks that share the optimizer's state, and the float32 weights that it steps; divides dp_shard x cp."""
     secondary: PositiveInt | None = None
     """Ranks that share a second copy of the weights, kept by the forward pass and read by the backward pass; more than
-    1, and a true divisor of `weights`, which are then all ranks; as int8, a divisor of dp_shard x cp. Left out: no
+    1, and a true divisor of `weights`, which are then all ranks; as int8, any divisor of dp_shard x cp. Left out: no
     copy; the backward pass reads the weights again."""
     levels: tuple[PositiveInt, ...] = ()
     """Ranks joined by faster links, from the fastest on, each a divisor of the next: [2, 8] for pairs in nodes of 8.
@@ -145,10 +145,10 @@ def smaller(state: StatePlacement, ranks: int) -> tuple[StatePlacement, int]:
     return found, small[ranks]
 
 
-def unrounded(state: StatePlacement, ranks: int) -> StatePlacement:
+def unrounded(state: StatePlacement, ranks: int, *, tp: int) -> StatePlacement:
     """The placement with everything sent plain; a second copy that can only be int8 is left out."""
     copy, shared = state.secondary, state.degree("weights", ranks)
-    if copy is not None and (copy >= shared or shared % copy):
+    if copy is not None and (tp > 1 or shared != ranks or copy >= shared):
         copy = None
     return dataclasses.replace(
         state,
@@ -225,7 +225,7 @@ def _secondary(state: StatePlacement, layout: Any, ranks: int | None) -> Iterato
     if apart and layout.pp == 1 and state.secondary_as == "plain":
         why = f"tp = {layout.tp}" if layout.tp > 1 else f"weights = {shared} of {ranks}"
         text = f"is made by torch for one set of ranks, and there are several: {why}"
-        yield Problem(path="secondary", text=f"{text}. Take tp = 1 and all ranks for weights, or no second copy")
+        yield Problem(path="secondary", text=f"{text}. Take secondary_as = 'int8', or tp = 1 and all ranks for weights")
     if layout.reshard is not None or layout.pp > 1:
         text = "has no effect where gathered weights are kept for the backward pass"
         why = "a pipeline keeps them" if layout.pp > 1 else f"reshard = {str(layout.reshard).lower()} says what is done"

@@ -312,7 +312,8 @@ VOCABULARY = 257
 def small(recipe: Any, layout: Layout, *, most: int) -> tuple[Scene, list[str]]:
     """The scene of a recipe under a settled layout, on at most `most` ranks; and what was made smaller, in words."""
     reduced, said = reduce_degrees(layout, most)
-    if reduced.state is not None and (plain := states.unrounded(reduced.state, reduced.size("fsdp"))) != reduced.state:
+    coded = reduced.state
+    if coded and (plain := states.unrounded(coded, reduced.size("fsdp"), tp=reduced.tp)) != coded:
         reduced = dataclasses.replace(reduced, state=plain)
         said.append("int8, int4 -> plain: what rounding changes would hide what the layout changes")
     micro_rows = 1
