@@ -46,6 +46,6 @@ def test_the_wheel_carries_recipes_types_and_licence(tmp_path: Path) -> None:
     recipes = {f"lmworks/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.toml")}
     assert recipes
     assert recipes <= names
-    assert {"lmworks/py.typed", "lmworks/cli/app.py"} <= names
+    assert {"lmworks/py.typed", "lmworks/cli/app.py", "lmworks/core/energy/figures/grids.toml"} <= names
     assert any(name.endswith("LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)
