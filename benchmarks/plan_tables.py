@@ -25,8 +25,9 @@ from lmworks.methods import megatron
 from lmworks.parallel.layout import Layout
 from lmworks.plan import cluster as clusters
 from lmworks.plan import simulate
+from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster, Efficiency, Figure, Point
-from lmworks.plan.shape import Choice, Ground
+from lmworks.plan.shape import Ground
 from lmworks.plan.time import Seconds
 from lmworks.plan.work import Practice, Work
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from lmworks.parallel.schedule import order
 from lmworks.parallel.traffic import Work as Step
 from lmworks.parallel.traffic import traffic
 from lmworks.plan import cluster as clusters
+from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster
-from lmworks.plan.shape import Choice, Ground
+from lmworks.plan.shape import Ground
 from lmworks.plan.time import boundary_bytes
 from lmworks.plan.work import Work
 from tests.plan.conftest import recipe
@@ -64,9 +66,12 @@ def same(settings: Any, layout: Layout, cluster: Cluster, rows: int = 1) -> None
     told = [predict(whole, layout, rank, vocabulary=ground.vocabulary) for rank in range(layout.ranks)]
     for place in range(layout.pp):
         mine = [told[rank] for rank in range(layout.ranks) if layout.place(rank, "pp") == place]
-        assert ground.footprint(choice, place) == max(mine, key=lambda footprint: footprint.total)
+        mine_at_most, found = max(mine, key=lambda footprint: footprint.total), ground.footprint(choice, place)
+        assert found.workspace is not None
+        without = dataclasses.replace(found, workspace=found.workspace - ground.whole(choice, place))
+        assert without == mine_at_most
     largest = max(ground.footprint(choice, place).total for place in ground.places(choice))
-    assert largest == max(footprint.total for footprint in told)
+    assert largest == max(ground.footprint(choice, place).total for place in range(layout.pp))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,6 +85,24 @@ def test_memory_is_the_footprint_under_every_layout(layout: str, kind: str) -> N
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_is_the_footprint_under_every_policy(saved: Any, precision: str, laptop: Cluster) -> None:
     same(recipe(saved=saved, precision=precision), LAYOUTS["1f1b"], laptop, rows=2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_whole_for_a_while(precision: str, reshard: bool, rows: int, laptop: Cluster) -> None:
+    """FSDP over 4 ranks, one micro-batch or four: weights gathered, gradients that wait, counted name by name."""
+    settings = recipe(precision=precision)
+    layout = Layout(dp_shard=4, reshard=reshard)
+    ground = Ground(settings, laptop)
+    values = {name: math.prod(shape) for name, shape in ground.shape.shapes()}
+    around = sum(size for name, size in values.items() if not name.startswith("blocks."))
+    block = sum(size for name, size in values.items() if name.startswith("blocks.0."))
+    used = 4 if precision == "fp32" else 2
+    gathered = used * (around + block * (2 if reshard else 8))
+    waiting = 4 * (around + 8 * block) if rows == 1 else (4 + used) * (around + block)
+    assert ground.whole(choice_of(settings, layout, rows), 0) == gathered + waiting
+    assert ground.whole(choice_of(settings, Layout(dp_replicate=4, dp_shard=1), rows), 0) == 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda table: str(table["use"]))

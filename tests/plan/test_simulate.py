@@ -9,8 +9,9 @@ import pytest
 
 from lmworks.parallel.layout import Layout
 from lmworks.plan import simulate, time
+from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster
-from lmworks.plan.shape import Choice, Ground
+from lmworks.plan.shape import Ground
 from lmworks.plan.simulate import of_choice, walk
 from lmworks.plan.work import Piece, Practice, Work
 from tests.plan.conftest import recipe

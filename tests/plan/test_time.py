@@ -10,8 +10,9 @@ from lmworks.parallel.layout import Layout
 from lmworks.parallel.schedule import order
 from lmworks.parallel.timeline import Link, simulate
 from lmworks.plan import time
+from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster
-from lmworks.plan.shape import Choice, Ground
+from lmworks.plan.shape import Ground
 from lmworks.plan.time import CLASSES, Seconds, pipe_seconds
 from lmworks.plan.work import Work
 from tests.plan.conftest import recipe

@@ -23,8 +23,9 @@ from lmworks.parallel.footprint import WORDS, Footprint, in_words
 from lmworks.parallel.layout import Layout, Schedule, problems_of
 from lmworks.plan import bill, simulate, time
 from lmworks.plan.bill import Bill, Objective
+from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster
-from lmworks.plan.shape import Choice, Ground
+from lmworks.plan.shape import Ground
 from lmworks.plan.work import Work
 
 ROOM = 0.9
@@ -289,7 +290,7 @@ def relaxed(answer: Answer, cluster: Cluster, recipe: Any) -> list[str]:
         if any(_most(answer.ground, c, answer.ground.places(c))[1].total <= room for c in choices(answer.ground, more)):
             said.append(f"--gpus {more} has a layout that fits")
             break
-    if nearest.memory.largest in ("saved", "workspace"):
+    if nearest.memory.largest == "saved":
         length = recipe.data.sequence_length // 2
         said.append(f"--set data.sequence_length={length} halves what a row keeps")
     if nearest.memory.largest == "optimizer":

@@ -1,8 +1,8 @@
 """What a rank of a layout holds and computes, by block: exact counts from settings, fast for many layouts.
 
-Bytes are those of `parallel.footprint` and `parallel.traffic`, which go through every name of every rank. Here blocks
-that are alike are counted once, ranks by their place in the pipeline (the first of tp and fsdp holds most), and what
-layouts have in common is kept. Tests hold both to the same numbers.
+Bytes are those of `parallel.footprint` and `parallel.traffic`, and what is whole for a while. Those two go
+through every name of every rank. Here blocks that are alike are counted once, ranks by their place in the pipeline (the
+first of tp and fsdp holds most), and what layouts have in common is kept. Tests hold both to the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, final
+from typing import Any
 
 from lmworks.core.errors import UsageError
 from lmworks.model.head import chunk_rows
@@ -25,55 +25,8 @@ from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.pipeline import held_by, split
 from lmworks.parallel.schedule import order
 from lmworks.parallel.traffic import COLUMNS, ROWS, portions
+from lmworks.plan.choice import Choice, Matrix, Stage, resharded
 from lmworks.plan.cluster import Cluster
-
-
-@final
-@dataclass(frozen=True)
-class Stage:
-    """Successive blocks of a pipeline."""
-
-    start: int
-    stop: int
-    first: bool
-    last: bool
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What a plan decides."""
-
-    layout: Layout
-    """Settled."""
-    rows: int
-    """Of a micro-batch on one rank."""
-    micro_batches: int
-    """Of one rank in a step."""
-    saved: Any
-    """What is kept for the backward pass: a part of the slot `saved`."""
-
-
-@final
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix of a block that multiplies tokens."""
-
-    rows: int
-    """Values that it gives."""
-    columns: int
-    """Values that it takes."""
-    divided: str
-    """What tp divides: rows, columns, or none."""
-    experts: int = 0
-    """Matrices of which each token uses `top_k`; 0 for one that all use."""
-    top_k: int = 1
-
-    def sides(self, tokens: int, tp: int) -> tuple[float, float, float]:
-        """Tokens, rows and columns of the product on one rank."""
-        rows = self.rows / tp if self.divided == "rows" else self.rows
-        columns = self.columns / tp if self.divided == "columns" else self.columns
-        return (tokens * self.top_k / self.experts if self.experts else tokens), rows, columns
 
 
 @dataclass(frozen=True)
@@ -240,8 +193,43 @@ class Ground:
             optimizer=state,
             saved=self._saved(choice, micro, place),
             logits=logits,
-            workspace=workspace,
+            workspace=workspace + self.whole(choice, place),
         )
+
+    def whole(self, choice: Choice, place: int) -> int:
+        """Bytes of what is divided over fsdp while it is whole: weights that were gathered, and gradients.
+
+        Two blocks are gathered at a time, or all where they are not given back; what stands around blocks always.
+        Gradients are summed over ranks behind the last micro-batch: with several, those of all blocks wait in float32,
+        and with one those of a block, in the type of its products as well. `parallel.footprint` leaves this to its rule
+        of thumb, which is too little for large models.
+        """
+        layout, several = choice.layout, choice.micro_batches > 1
+        if layout.size("fsdp") == 1:
+            return 0
+        key: tuple[Any, ...] = (
+            "whole",
+            layout.pp,
+            layout.held,
+            layout.schedule in V_SHAPED,
+            layout.split,
+            place,
+            layout.tp,
+            layout.ep,
+        )
+        key += (several, resharded(layout))
+        found: int | None = self._kept.get(key)
+        return found if found is not None else self.keep(key, self._whole(layout, place, several))
+
+    def _whole(self, layout: Layout, place: int, several: bool) -> int:
+        sums = self._sums(Layout(tp=layout.tp, dp_shard=1, ep=layout.ep))
+        stages = self.held(layout, place)
+        blocks = [sums.weights[i + 1] - sums.weights[i] for stage in stages for i in range(stage.start, stage.stop)]
+        ends = sum(sums.ends[name][0] for name in {name for stage in stages for name in self.around(stage)})
+        gathered = sum(sorted(blocks)[-2:]) if resharded(layout) else sum(blocks)
+        narrow = min(WEIGHT, self.value) / WEIGHT
+        waiting = sum(blocks) + ends if several else (1 + narrow) * (max(blocks) + ends)
+        return round(narrow * (gathered + ends) + waiting)
 
     def standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         """Bytes of weights, gradients and optimizer state."""

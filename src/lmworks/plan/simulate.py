@@ -22,8 +22,8 @@ from typing import NamedTuple, final
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.schedule import Order, next_micro_batches, order
 from lmworks.parallel.timeline import Timeline, simulate
+from lmworks.plan.choice import Choice, Stage, resharded
 from lmworks.plan.links import of_pipeline
-from lmworks.plan.shape import Choice, Stage
 from lmworks.plan.time import Passes, Seconds, boundary_bytes, passes, update
 from lmworks.plan.work import Piece, Work, keeps_products
 
@@ -81,7 +81,7 @@ def walk(work: Work, choice: Choice, stage: Stage, *, gathers: bool, reduces: bo
     forward = [slow * p.forward + p.tensor_forward + p.context_forward for p in pieces]
     spans: list[Span] = []
     made = _forward(pieces, forward, spans, gathers=gathers)
-    regather = gathers and _reshards(choice.layout)
+    regather = gathers and resharded(choice.layout)
     end, network = _backward(pieces, backward, spans, start=made, gathers=regather, reduces=reduces, stage=stage)
     return Walk(made, end - made, max(0.0, network - end), tuple(sorted(spans, key=lambda span: span.start)))
 
@@ -270,7 +270,3 @@ def _shared(
     if choice.layout.pp > 1:
         return dataclasses.replace(known, away=away, bubble=left - away)
     return dataclasses.replace(known, away=away, gather=left - away)
-
-
-def _reshards(layout: Layout) -> bool:
-    return layout.reshard if layout.reshard is not None else layout.pp == 1

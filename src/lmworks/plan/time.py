@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from lmworks.parallel.layout import V_SHAPED, Layout
+from lmworks.parallel.layout import V_SHAPED
+from lmworks.plan.choice import Choice, Stage, resharded
 from lmworks.plan.links import of_pipeline
-from lmworks.plan.shape import Choice, Stage
 from lmworks.plan.work import WEIGHT, Work, keeps_products, update_seconds
 
 CLASSES = ("compute", "again", "tensor", "context", "gather", "away", "bubble", "reduce", "update")
@@ -98,7 +98,7 @@ def passes(work: Work, choice: Choice, stage: Stage) -> Passes:
     layout, makeup = choice.layout, work.ground.makeup(stage, choice.saved)
     key: tuple[Any, ...] = (makeup, keeps_products(choice.saved), choice.saved.leaves(), choice.rows, layout.tp)
     key += (layout.cp, layout.dp_shard, layout.dp_replicate, layout.context, layout.order, layout.sequence_parallel)
-    key = ("passes", *key, layout.ep, _gathers_again(layout))
+    key = ("passes", *key, layout.ep, resharded(layout))
     found: Passes | None = work.ground.kept(key)
     return found or work.ground.keep(key, _passes(work, choice, makeup))
 
@@ -135,7 +135,7 @@ def _passes(work: Work, choice: Choice, makeup: tuple[Any, ...]) -> Passes:
         context=context + back_context,
         away=max(0.0, away - forward) + max(0.0, away - backward),
         gather_forward=_waited(*whole, forward),
-        gather_backward=_waited(*inner, backward) if _gathers_again(choice.layout) else 0.0,
+        gather_backward=_waited(*inner, backward) if resharded(choice.layout) else 0.0,
         reduce=_waited(reduce, most, whole[2], backward) if work.practice.data_overlaps else reduce,
     )
 
@@ -143,11 +143,6 @@ def _passes(work: Work, choice: Choice, makeup: tuple[Any, ...]) -> Passes:
 def _waited(total: float, most: float, number: int, beside: float) -> float:
     """What of exchanges one by one is waited for: one block's by itself, and what the other blocks do not hide."""
     return most + max(0.0, total - most - beside * (1 - 1 / number))
-
-
-def _gathers_again(layout: Layout) -> bool:
-    """Whether weights are given back behind the forward pass."""
-    return layout.reshard if layout.reshard is not None else layout.pp == 1
 
 
 def pipe_seconds(

@@ -23,9 +23,10 @@ from lmworks.core.errors import UsageError
 from lmworks.model.sizes import mean_keys
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.traffic import COLUMNS, ROWS, of_context
+from lmworks.plan.choice import Choice, Matrix, Stage
 from lmworks.plan.cluster import Cluster, Dtype
 from lmworks.plan.links import Ring, of_axis
-from lmworks.plan.shape import Choice, Ground, Matrix, Stage
+from lmworks.plan.shape import Ground
 
 LOGITS = 4
 """Bytes of a logit in the loss."""
