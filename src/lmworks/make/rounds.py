@@ -153,7 +153,8 @@ class _Rounds:
             jobs += self._missing(unit, "survey", piece.bytes, arguments)
         self._round(f"{stage_name(stage)}: surveying", jobs)
         inputs = [files.sha256_of(path) for path in stage.inputs()]
-        marks = [manifest_of(survey.folder)["files"] for survey in surveys]
+        # the folder's name stands for the documents, the files for what was seen of them
+        marks = [[survey.folder.name, manifest_of(survey.folder)["files"]] for survey in surveys]
         cut = len(pieces) if stage.surveys else 0
         key = digest([FORMAT, stage.settings(), inputs, code, seed, marks, cut])[:32]
         verdict = home / f"verdict-{key}"
