@@ -42,8 +42,8 @@ FOLDERS = (
     "parallel",
     "generate",
     "train",
-    "evaluate",
     "plan",
+    "evaluate",
     "serve",
     "prove",
 )

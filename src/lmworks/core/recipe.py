@@ -201,11 +201,8 @@ def decode(table: Table, *, verb: str | None = None, source: str = "recipe") -> 
     """
     do = table.get("do")
     if not isinstance(do, str) or do not in catalogue.VERBS:
-        what = (
-            "is missing"
-            if do is None
-            else f"'{do}' is not a verb that runs a recipe{did_you_mean(str(do), catalogue.VERBS)}"
-        )
+        other = f"'{do}' is not a verb that runs a recipe{did_you_mean(str(do), catalogue.VERBS)}"
+        what = "is missing" if do is None else other
         raise RecipeError([Problem(path="do", text=f"{what} Legal: {', '.join(catalogue.VERBS)}")], source=source)
     if verb is not None and do != verb:
         text = f"this recipe is for '{do}', not for '{verb}': run  lmworks {do} {source}"

@@ -57,7 +57,8 @@ def _memory(axes: Any, answer: Answer, plan: Plan, cluster: Cluster) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GB of one device; dotted: what a plan may take")
     axes.set_ylabel("place in the pipeline")
-    axes.legend(fontsize=7, ncols=3, loc="lower right")
+    axes.set_yticks(list(places) if len(told) <= 32 else list(places)[::8])
+    axes.legend(fontsize=7, ncols=len(CLASSES), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _pipeline(axes: Any, plan: Plan) -> None:
@@ -74,10 +75,14 @@ def _pipeline(axes: Any, plan: Plan) -> None:
 
 
 def _lanes(axes: Any, plan: Plan) -> None:
-    for span in plan.step.walk.spans:
-        axes.barh(LANES[span.lane], span.end - span.start, left=span.start, height=0.8, color=SPANS[span.what], lw=0)
-    axes.set_yticks(list(LANES.values()), list(LANES))
+    spans = plan.step.walk.spans
+    for span in spans:
+        taken, colour = span.end - span.start, SPANS[span.what]
+        axes.barh(LANES[span.lane], taken, left=span.start, height=0.8, color=colour, edgecolor="white", lw=0.2)
+    shown = [what for what in SPANS if any(span.what == what for span in spans)]
+    handles = [axes.barh(0, 0, color=SPANS[what]) for what in shown]
+    lanes = [lane for lane in LANES if any(span.lane == lane for span in spans)]
+    axes.set_yticks([LANES[lane] for lane in lanes], lanes)
     axes.invert_yaxis()
     axes.set_xlabel("seconds of the last micro-batch of a step, block by block, on one rank")
-    handles = [axes.barh(0, 0, color=colour) for colour in SPANS.values()]
-    axes.legend(handles, list(SPANS), fontsize=7, ncols=6, loc="upper right")
+    axes.legend(handles, shown, fontsize=7, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)

@@ -99,9 +99,9 @@ def refusals(answer: Answer, cluster: Cluster) -> list[str]:
 
 def doubts(answer: Answer, cluster: Cluster) -> list[str]:
     """What the figures hang on that nobody measured."""
-    lines = []
-    if not cluster.efficiency.fitted:
-        lines.append(f"share of the peak that is reached: a guess ({cluster.efficiency.source})")
+    efficiency = cluster.efficiency
+    how = "fitted to" if efficiency.fitted else "not fitted:"
+    lines = [f"share of the peak that is reached, {how} {efficiency.source}"]
     if unchecked := cluster.unchecked():
         lines.append(f"figures of the cluster that nobody checked: {', '.join(unchecked)}")
     if answer.ground.recipe.compile:

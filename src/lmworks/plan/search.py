@@ -114,7 +114,9 @@ def search(
         if memory.total > room:
             refused[memory.largest] += 1
             if nearest is None or memory.total < nearest.memory.total:
-                nearest = Refused(choice=choice, memory=memory)
+                whole = _most(ground, choice, range(choice.layout.pp))[1]
+                if nearest is None or whole.total < nearest.memory.total:
+                    nearest = Refused(choice=choice, memory=whole)
             continue
         seconds = time.of_step(work, choice)
         value = bill.of_run(cluster, seconds, devices=devices, steps=recipe.steps, region=region).value(objective)
@@ -282,7 +284,7 @@ def relaxed(answer: Answer, cluster: Cluster, recipe: Any) -> list[str]:
         return []
     room = ROOM * cluster.memory_bytes.value
     said = [f"the nearest, {described(nearest.choice)}, {nearest.why}; there is room for {in_words(int(room))}"]
-    for times in (2, 4, 8, 16, 32):
+    for times in (2, 4, 8, 16):
         more = answer.devices * times
         if any(_most(answer.ground, c, answer.ground.places(c))[1].total <= room for c in choices(answer.ground, more)):
             said.append(f"--gpus {more} has a layout that fits")

@@ -65,7 +65,7 @@ class Step:
     timeline: Timeline | None
     """The whole pipeline, where it was run to its end; None without one, or for a long one."""
     walk: Walk
-    """The first micro-batch of the dearest rank's first stage."""
+    """A micro-batch through the dearest stage: the last one of a step, with gathers and sums of gradients."""
 
 
 def walk(work: Work, choice: Choice, stage: Stage, *, gathers: bool, reduces: bool, slow: float = 1.0) -> Walk:
