@@ -132,6 +132,7 @@ def temporary_groups() -> Iterator[None]:
     finally:
         for group in [group for group in known if group not in before]:
             dist.destroy_process_group(group)
+        gc.collect()  # FSDP's modules hold their groups in circles, and a group holds threads
 
 
 def _store() -> Any:
