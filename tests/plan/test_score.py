@@ -112,7 +112,7 @@ def test_what_is_not_worth_keeping_is_told_and_not_kept(folder: Path, laptop: Cl
     rewrite(folder / "metrics.jsonl", lambda row: row if row["step"] <= 5 else None)
     found = score.score(folder, laptop)
     assert found.residual is None
-    assert "only 2 of its steps are steady" in found.doubts[0]
+    assert "steady steps: 2, and 5 are needed" in found.doubts[0]
     rewrite(folder / "metrics.jsonl", lambda row: row | {"flops": 2 * row["flops"]} if "flops" in row else row)
     assert any("100 % more passes" in doubt for doubt in score.score(folder, laptop).doubts)
 

@@ -143,7 +143,8 @@ def _score_text(found: Score, machines: Cluster, kept: Path | None) -> str:
 
     run = found.run
     lines = [f"{run.folder}: {run.choice.layout.ranks} x {machines.device} ({machines.name}), on {run.on}"]
-    lines += [f"{described(run.choice)}; {len(run.seconds)} steady steps", ""]
+    steady = f"{len(run.seconds)} steady step" + ("s" if len(run.seconds) != 1 else "")
+    lines += [f"{described(run.choice)}; {steady}", ""]
     lines += [table(scores.table_rows(found), header=scores.HEADER), ""]
     lines += found.earlier.in_words()
     if found.earlier.runs:

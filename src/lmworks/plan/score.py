@@ -171,7 +171,7 @@ def solve(told: Callable[[float], float], measured: float) -> float | None:
 def _doubts(run: Run, ground: Ground, factor: float | None) -> list[str]:
     found = []
     if len(run.seconds) < ENOUGH:
-        found.append(f"only {len(run.seconds)} of its steps are steady; {ENOUGH} are needed, behind the first {FIRST}")
+        found.append(f"steady steps: {len(run.seconds)}, and {ENOUGH} are needed, behind the first {FIRST}")
     each = 3 * ground.shape.cost(sequence=ground.sequence).forward_flops_per_token
     plain = each * run.recipe.batch_size * ground.sequence
     if run.passes > (1 + EXTRA) * plain:
