@@ -47,14 +47,14 @@ def plan(
     ] = None,
     score: Annotated[
         Path | None,
-        typer.Option(
-            help="In place of a recipe: hold what the cluster promised against this run's folder, and keep the factor."
-        ),
+        typer.Option(help="In place of a recipe: the folder of a run to hold a plan against."),
     ] = None,
     uncorrected: Annotated[bool, typer.Option("--uncorrected", help="Leave out what scored runs taught.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the best layouts of a recipe on a cluster: memory, time, energy and money, before anything runs.
+
+    With --score, hold a run that was made against what is told of it, and let later plans know.
 
     Exit code 0: something fits; 4: nothing does, and the answer says what would make it.
 
