@@ -137,6 +137,30 @@ def test_a_run_that_goes_on_is_scored_too(folder: Path, laptop: Cluster) -> None
     assert len(score.score(folder, laptop).run.seconds) == 6
 
 
+def test_memory_is_that_of_the_rank_that_took_most(folder: Path, laptop: Cluster) -> None:
+    """The same run as if two replicas had made it, the second with more workspace."""
+    recipe = folder / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("dp_replicate = 1", "dp_replicate = 2"))
+    second = folder / "ranks" / "00001" / "events.jsonl"
+    second.parent.mkdir(parents=True)
+    shutil.copy(folder / "events.jsonl", second)
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        if row["name"] == "memory":
+            row["attrs"]["measured"]["workspace"] += 1_000_000
+        return row
+
+    rewrite(second, change)
+    found = score.score(folder, laptop)
+    assert found.run.choice.layout.ranks == 2
+    assert found.run.choice.micro_batches == 1
+    assert found.run.memory is not None
+    assert found.run.memory[0] == 1
+    measured = json.loads((folder / "summary.json").read_text())["memory"]["measured"]
+    parts = {part.name: part for part in found.parts}
+    assert parts["workspace"].measured == measured["workspace"] + 1_000_000
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
