@@ -10,6 +10,9 @@ from typer.testing import CliRunner
 
 from lmworks.cli.app import app
 from lmworks.core import recipe as recipes
+from lmworks.train import loop
+from tests.cli.conftest import Command
+from tests.train import toy
 
 TINY = ("--cluster", "workstation-a100", "--set", "batch_size=8", "--set", "data.sequence_length=128")
 
@@ -58,3 +61,51 @@ def test_nothing_fits_is_the_answer_no() -> None:
     assert found.exit_code == 4, found.output
     assert "Nothing fits" in found.stdout
     assert "the nearest" in found.stdout
+
+
+def _scored(tmp_path: Path) -> Path:
+    """The folder of a real run that is long enough to be scored."""
+    table = toy.table(toy.corpus(tmp_path / "text"), tmp_path / "cache", steps=9, threads=1)
+    folder = loop.run(recipes.decode(table), tmp_path / "run", resume="auto", report=toy.Silent()).path
+    (tmp_path / "toy.toml").write_text((folder / "recipe.toml").read_text())
+    return folder
+
+
+def test_a_score_corrects_the_next_plan_unless_it_is_left_out(
+    lmworks: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMWORKS_HOME", str(tmp_path / "home"))
+    folder, planned = _scored(tmp_path), ("plan", "toy.toml", "--cluster", "laptop", "--gpus", "1")
+    before = json.loads(lmworks(*planned, "--json").out)
+    assert before["correction"]["runs"] == 0
+    told = lmworks("plan", "--score", str(folder), "--cluster", "laptop")
+    assert told.code == 0, told.err
+    for words in ("measured/predicted", "6 steady steps", "optimizer state", "kept for later plans"):
+        assert words in told.out
+    scored = json.loads(lmworks("plan", "--score", str(folder), "--cluster", "laptop", "--json").out)
+    after = json.loads(lmworks(*planned, "--json").out)
+    assert after["correction"]["runs"] == 1
+    ratio = after["plans"][0]["step_seconds"] / before["plans"][0]["step_seconds"]
+    assert ratio == pytest.approx(scored["factor"], rel=1e-6)
+    assert "corrected by 1 run: x" in lmworks(*planned).out
+    assert json.loads(lmworks(*planned, "--json", "--uncorrected").out) == before
+    Path(scored["kept"]).write_text("torn")
+    damaged = lmworks(*planned)
+    assert damaged.code == 0
+    assert "not corrected by runs" in damaged.out
+    refused = lmworks("plan", "--score", str(folder), "--cluster", "laptop")
+    assert refused.code == 1
+    assert "score the runs again" in refused.err
+
+
+def test_mistakes_with_scores_are_told(lmworks: Command) -> None:
+    for words, says in (
+        (("plan",), "no recipe to plan"),
+        (("plan", "quickstart", "--score", "x"), "RECIPE has no effect with --score"),
+        (("plan", "--score", "x", "--gpus", "2", "--uncorrected"), "--gpus, --uncorrected has no effect"),
+        (("plan", "--score", "x", "--cluster", "laptop"), "no run's folder"),
+        (("plan", "--score", "x", "--cluster", "labtop"), "did you mean 'laptop'"),
+    ):
+        answer = lmworks(*words)
+        assert answer.code == 2, words
+        assert says in answer.err

@@ -52,6 +52,7 @@ TINY = {
     "steps": 4,
     "batch_size": 2,
     "precision": "fp32",
+    "device": "cpu",
     "threads": 1,
     "model.n_layers": 1,
     "model.hidden_size": 32,

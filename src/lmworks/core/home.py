@@ -1,4 +1,4 @@
-"""Where lmworks keeps what can be made again: token shards, fetched models."""
+"""Where lmworks keeps what can be made again: token shards, fetched models, what runs taught the planner."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ that it was fitted to and what it leaves of them. A cluster whose hardware nobod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,6 +183,14 @@ class Cluster:
             raise RecipeError([Problem(path="fit", text=text)], source=self.name)
         found = recipes.decode_as(Efficiency, recipes.read(path), source=str(path))
         assert isinstance(found, Efficiency)
+        return found
+
+    def slowed(self, factor: float) -> Cluster:
+        """The same with devices that take `factor` times as long for all they do by themselves: products, attention,
+        what moves through their memory, the update. Links stay as they are."""
+        known, found = self.efficiency, dataclasses.replace(self)
+        less = dataclasses.replace(known, matrix=known.matrix / factor, memory=known.memory / factor)
+        found.__dict__["efficiency"] = less  # a cached property of a frozen dataclass
         return found
 
     def flops(self, dtype: Dtype) -> float:
