@@ -77,6 +77,7 @@ class Placement:
         self.context = Context(wire) if wire.size("cp") > 1 else None
         self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
         self.replicas = self._alike()
+        self._remarked = False
         self._holders = {p: math.prod(self.others_alike(name).values()) for name, p in self.model.named_parameters()}
 
     def _alike(self) -> Replicas | None:
@@ -190,6 +191,12 @@ class Placement:
     def first_holder(self, name: str) -> bool:
         """Whether this rank is the first of those that hold the same values: the one that saves them."""
         return not any(self.wire.place("pp" if axis == "ends" else axis) for axis in self.others_alike(name))
+
+    def remarks(self) -> tuple[str, ...]:
+        """What people should hear of the passes so far, once a run."""
+        found = [text for chunk in self.chunks if isinstance(chunk.reach, Pool) for text in chunk.reach.remarks[:1]]
+        told, self._remarked = self._remarked, self._remarked or bool(found)
+        return () if told else tuple(found[:1])
 
     # --- around the passes ------------------------------------------------------------------------------------------
 
