@@ -102,7 +102,7 @@ def plan_of(seed: int) -> Any:
 
 
 def test_what_an_exchange_may_take_bounds_the_plan() -> None:
-    """On rows of two ranks: as much as the plan needs changes nothing; with less the tolerance rises, and less moves."""
+    """As much as the plan needs changes nothing; with less the tolerance rises, and less moves."""
 
     def planned(room: int | None) -> Plan:
         servers = Servers(tolerance=0.0, tile=8, buffer_bytes=room)
