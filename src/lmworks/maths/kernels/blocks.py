@@ -159,7 +159,7 @@ def _encode(
 ) -> None:
     """Some blocks."""
     at = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    there = at < rows.to(tl.int64) * count
+    there = at // count < rows
     row = tl.where(there, at // count, 0)
     start, stop = _find(before_ptr, starts_ptr, tl.where(there, at % count, 0), runs, block, STEPS)
     place = start[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -200,7 +200,7 @@ def _decode(
 ) -> None:
     """Some blocks."""
     at = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    there = at < rows.to(tl.int64) * count
+    there = at // count < rows
     row = tl.where(there, at // count, 0)
     start, stop = _find(before_ptr, starts_ptr, tl.where(there, at % count, 0), runs, block, STEPS)
     place = start[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -222,7 +222,7 @@ def _pack(
 ) -> None:
     """Some bytes."""
     at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-    there = at < rows.to(tl.int64) * size
+    there = at // size < rows
     first = at % size * 2
     place = at // size * values + first
     low = tl.load(codes_ptr + place, mask=there, other=0)
@@ -242,7 +242,7 @@ def _unpack(
 ) -> None:
     """Some bytes. The sign of four bits: below zero a byte wraps, as int8 reads it."""
     at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-    there = at < rows.to(tl.int64) * size
+    there = at // size < rows
     row, first = at // size, at % size * 2
     pair = tl.load(packed_codes_ptr + row * stride + at % size, mask=there, other=0).to(tl.int32)
     place = row * values + first
