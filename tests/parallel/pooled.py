@@ -187,3 +187,19 @@ def disagreeing(rank: int, ranks: int) -> str:
     except Exception as error:  # noqa: BLE001  (told to the test)
         return str(error)
     return ""
+
+
+def remarks(rank: int, all_servers: Sequence[Servers]) -> list[list[tuple[str, ...]]]:
+    """What a placement has to say after each of two passes, under each of the settings."""
+    found = []
+    for servers in all_servers:
+        layout = Layout(dp_shard=2, servers=servers)
+        wire = world.wire(layout, world.Seat(rank=rank, world=2))
+        made = place(MODEL, wire, CPU, dtype=torch.float64, sequence=LENGTH, param_dtype=torch.float64)
+        made.fill(lambda name, box: first_value(name, box.whole, MODEL.n_layers, 5)[box.index])
+        said = []
+        for _ in range(2):
+            _backward(made, ROWS, Ledger(on=False))
+            said.append(made.remarks())
+        found.append(said)
+    return found

@@ -175,6 +175,19 @@ def test_attention_that_cannot_be_served_is_refused_with_the_reason(ranks: int, 
         settle(recipes.load("quickstart", verb="train", sets=["layout.use=ranks", *HEADS, *sets]), ranks)
 
 
+@pytest.mark.parametrize("schedule", ["zero-bubble-v", "dualpipe-v"])
+def test_a_tied_table_at_both_ends_of_a_v_is_refused_wherever_fsdp_would_divide_it(schedule: str) -> None:
+    """Twice, that is: over cp as well as over dp_shard, where each of its two modules asks for a part of its own."""
+    plain = ["layout.use=ranks", "model.tied=true", "layout.pp=2", "micro_batch_size=1", f"layout.schedule={schedule}"]
+    for sets in (["layout.cp=2"], []):
+        with pytest.raises(RecipeError, match=r"layout\.schedule: .* puts both ends of a tied model on one rank"):
+            settle(recipes.load("quickstart", verb="train", sets=[*plain, *sets]), 4)
+        untied = [*plain, *sets, "model.tied=false"]
+        assert settle(recipes.load("quickstart", verb="train", sets=untied), 4).layout.size("fsdp") == 2
+    copies = [*plain, "layout.dp_replicate=2"]
+    assert settle(recipes.load("quickstart", verb="train", sets=copies), 4).layout.dp_replicate == 2
+
+
 def test_servers_need_no_setting_of_their_own() -> None:
     """One row of a micro-batch is no mistake: halves are taken where there are some."""
     sets = ["layout.servers.keep=cache", "micro_batch_size=1"]

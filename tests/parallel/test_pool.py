@@ -13,11 +13,11 @@ from lmworks.parallel import gang
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.pool import Pool
 from lmworks.parallel.servers import Servers
-from lmworks.parallel.tasks import plain
+from lmworks.parallel.tasks import Plan, Sizes, plain
 from lmworks.parallel.wire import Wire
 from lmworks.train.rehearse import Seen, differences
 from lmworks.train.saved import Offload, Recompute
-from tests.parallel.pooled import LENGTH, MODEL, ROWS, Pass, batch, disagreeing, in_order, learned
+from tests.parallel.pooled import LENGTH, MODEL, ROWS, Pass, batch, disagreeing, in_order, learned, remarks
 from tests.parallel.served import shuffled
 
 BOUND = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -99,6 +99,35 @@ def plan_of(seed: int) -> Any:
     pool = Pool(Wire(layout, 0, {}), MODEL.blocks()[0], lambda pieces, ranks, sizes: plain(pieces, ranks))
     documents = torch.stack([batch().documents_BT[rank::2] for rank in range(2)])
     return shuffled(pool.plan(documents, torch.float64), seed)
+
+
+def test_what_an_exchange_may_take_bounds_the_plan() -> None:
+    """As much as the plan needs changes nothing; with less the tolerance rises, and less moves."""
+
+    def planned(room: int | None) -> Plan:
+        servers = Servers(tolerance=0.0, tile=8, buffer_bytes=room)
+        pool = Pool(Wire(Layout(dp_shard=2, servers=servers), 0, {}), MODEL.blocks()[0])
+        return pool.plan(torch.stack([batch().documents_BT[rank::2] for rank in range(2)]), torch.float32)
+
+    free = planned(None)
+    needed = free.buffer_bytes(Sizes.of(4, 2, 8, 4))
+    assert needed > 0
+    assert planned(needed) == free
+    raised, none = planned(needed - 1), planned(1)
+    assert f"needs {needed} bytes, and the buffer has {needed - 1}" in (raised.reason or "")
+    assert raised.buffer_bytes(Sizes.of(4, 2, 8, 4)) < needed
+    assert none.buffer_bytes(Sizes.of(4, 2, 8, 4)) == 0
+
+
+@pytest.mark.ranks
+def test_a_plan_that_is_not_the_one_asked_for_is_told_once() -> None:
+    """After the first of two passes, whichever rank one asks; never where plans are as asked for."""
+    told = gang.run(remarks, 2, [Servers(tolerance=0.0, tile=8, buffer_bytes=1), Servers(tolerance=9.0)])
+    for bound, free in told:
+        assert len(bound[0]) == 1
+        assert bound[0][0].startswith("layout.servers: the exchange needs ")
+        assert bound[1] == ()
+        assert free == [(), ()]
 
 
 @pytest.mark.ranks

@@ -294,6 +294,46 @@ def test_a_run_in_codes_goes_on_to_the_bit_and_under_another_layout(
     assert ranked.losses(whole) == pytest.approx(ranked.losses(tmp_path / "one"), rel=3e-2)
 
 
+FED_BACK = {
+    "zero-3": {"levels": [2], "gradients_as": "int4", "feedback": 1.0, "block": 64},
+    "topo": {"weights": 2, "levels": [2], "gradients_as": "int8", "feedback": 0.9, "block": 64},
+}
+
+
+@pytest.mark.parametrize("name", FED_BACK)
+def test_feedback_goes_on_to_the_bit(name: str, text: Path, cache: Path, tmp_path: Path) -> None:
+    """On the same ranks. Begun anew, the first loss after the checkpoint's next step would be another."""
+    spec = ranked.table(text, cache, layout={"state": FED_BACK[name]}, micro_batch_size=1, steps=8)
+    whole, path = tmp_path / "whole", tmp_path / "run"
+    gang.run(ranked.train, 4, spec, str(whole))
+    shutil.copytree(whole, path)
+    keep_until(path, 5)
+    notes = gang.run(ranked.train, 4, spec, str(path))
+    assert not any("anew" in note for note in notes[0])
+    assert ranked.losses(path) == ranked.losses(whole)
+    ours, theirs = (save.read(complete(folder / "checkpoints")[-1]) for folder in (path, whole))
+    assert any(found.startswith("rank-3/") and found.endswith("/codes") for found in theirs.tensors["missed"])
+    for kind in ("model", "optimizer", "missed"):
+        assert ours.tensors[kind].keys() == theirs.tensors[kind].keys()
+        assert all(torch.equal(x, theirs.tensors[kind][n]) for n, x in ours.tensors[kind].items())
+
+
+def test_feedback_begins_anew_on_another_layout_and_says_so(text: Path, cache: Path, tmp_path: Path) -> None:
+    """Also where the checkpoint has none; without feedback nothing is said."""
+    coded = {"gradients_as": "int8", "block": 64}
+    plain, fed, other = (
+        ranked.table(text, cache, layout={"state": {**coded, **more}}, steps=8)
+        for more in ({}, {"feedback": 1.0}, {"feedback": 0.5})
+    )
+    path = tmp_path / "run"
+    gang.run(ranked.train, 2, plain, str(path))
+    assert not save.read(complete(path / "checkpoints")[-1]).tensors["missed"]
+    for spec, said in ((fed, True), (other, True), (plain, False)):
+        keep_until(path, 5)
+        notes = gang.run(ranked.train, 2, spec, str(path))
+        assert any("feedback begins anew" in note and "another layout" in note for note in notes[0]) == said
+
+
 def test_coded_moments_are_cut_as_weights_are(text: Path, cache: Path, tmp_path: Path) -> None:
     """Matrices cut by columns and rows over tp: each rank saves its groups, and one rank goes on with all of them."""
     spec = ranked.table(text, cache, optimizer=CODED["optimizer"], model=WIDER)

@@ -56,6 +56,11 @@ def test_shared_attention_leaves_less_waiting_than_rows_as_packed(text: Path, ca
     assert [line.split()[0] for line in lines[2:4]] == ["2", "4"]
     assert ["this layout" in line for line in lines[2:4]] == [False, True]
     assert [one["ranks"] for one in facts(found)] == [2, 4]
+    recipe = skewed(text, cache, batch_size=4, layout={"servers": {"tile": 4, "tolerance": 0.02, "buffer_bytes": 8}})
+    (bound,) = waiting(recipe, settled(recipe, 2), [2])
+    assert bound.moved == 0
+    assert "and the buffer has 8: " in facts([bound])[0]["reason"]
+    assert any(line.startswith("  the first plan of 2 that is not as asked for: the e") for line in told([bound], 2))
 
 
 def test_halves_are_those_that_a_block_takes() -> None:

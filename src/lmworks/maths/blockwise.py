@@ -8,6 +8,8 @@ of which may be short. A block has a float32 scale s = max |x| / top, where top 
 A block of zeros has s = 0. A block with a NaN or an infinity has s = NaN, and all of it comes back as NaN: nothing that
 is not finite gets lost on its way. Where max |x| / top is no normal number of float32, s is the smallest of them.
 
+It stands here in plain PyTorch. In eager mode on a GPU kernels do it in one pass, to the bit (`maths.kernels.blocks`).
+
 Letters: R rows, N values of a row, K blocks of a row, B values of a block.
 """
 
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lmworks.maths import kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,9 @@ class Blocks:
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values (R, N): codes times scales in float32, rounded once to the dtype."""
+        if _by_kernel(self.codes_RN, self.runs):
+            runs = self.runs
+            return kernels.blocks.decoded(self.codes_RN, self.scale_RK, runs.lengths, runs.block, dtype)
         wide_RKB = _in_blocks(self.codes_RN.float(), self.runs) * self.scale_RK[:, :, None]
         return _out_of_blocks(wide_RKB, self.runs).to(dtype)
 
@@ -89,7 +96,9 @@ class Blocks:
         """uint8 (R, bytes): of each row its scales, then its codes. The codes have been made for `code`."""
         scales_RS = self.scale_RK.contiguous().view(torch.uint8)
         codes_RN = self.codes_RN.view(torch.uint8)
-        if code.bits == 4:
+        if code.bits == 4 and kernels.take(codes_RN):
+            codes_RN = kernels.blocks.packed(codes_RN)
+        elif code.bits == 4:
             codes_RN = torch.nn.functional.pad(codes_RN, (0, codes_RN.shape[1] % 2))
             codes_RN = (codes_RN[:, ::2] & 15) | (codes_RN[:, 1::2] << 4)
         return torch.cat([scales_RS, codes_RN], dim=1)
@@ -99,6 +108,9 @@ def quantise(x_RN: Tensor, code: Code, runs: Runs) -> Blocks:
     """Codes of x, of any float dtype. Raises ValueError where the runs are not those of a row."""
     if x_RN.ndim != 2 or x_RN.shape[1] != runs.values:
         raise ValueError(f"rows of {runs.values} values are asked for, here is {tuple(x_RN.shape)}")
+    if _by_kernel(x_RN, runs):
+        codes_RN, scale_RK = kernels.blocks.encoded(x_RN.detach(), runs.lengths, runs.block, code.top)
+        return Blocks(codes_RN=codes_RN, scale_RK=scale_RK, runs=runs)
     x_RKB = _in_blocks(x_RN.detach().float(), runs)
     largest_RK = x_RKB.abs().amax(-1)
     least = torch.finfo(torch.float32).tiny
@@ -116,10 +128,17 @@ def unpacked(packet_RS: Tensor, code: Code, runs: Runs) -> Blocks:
     cut = 4 * runs.blocks
     scale_RK = packet_RS[:, :cut].clone(memory_format=torch.contiguous_format).view(torch.float32)
     codes_RN = packet_RS[:, cut:]
-    if code.bits == 4:
+    if code.bits == 4 and kernels.take(packet_RS):
+        codes_RN = kernels.blocks.unpacked(codes_RN, runs.values)
+    elif code.bits == 4:
         pairs_RN2 = torch.stack([codes_RN & 15, codes_RN >> 4], dim=-1).flatten(1)[:, : runs.values]
         codes_RN = (pairs_RN2 ^ 8) - 8  # the sign of four bits; below zero it wraps, as int8 reads it
     return Blocks(codes_RN=codes_RN.contiguous().view(torch.int8), scale_RK=scale_RK, runs=runs)
+
+
+def _by_kernel(x_RN: Tensor, runs: Runs) -> bool:
+    """Whether the kernel takes it: a program holds a whole block."""
+    return kernels.take(x_RN) and runs.block <= kernels.MOST_COLUMNS
 
 
 def _in_blocks(x_RN: Tensor, runs: Runs) -> Tensor:

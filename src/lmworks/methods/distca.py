@@ -108,6 +108,9 @@ class DistCA(Arrangement):
     """Queries that stay together: documents are cut at multiples of it only, and shorter ones stay whole."""
     ping_pong: bool | None = None
     """Take a micro-batch as two halves of its rows in turns. Left out: where a micro-batch has several rows."""
+    buffer_bytes: PositiveInt | None = None
+    """Bytes that a rank may send, or receive, in one exchange of a forward pass. Where a plan needs more, its tolerance
+    is raised until it fits. Left out: no bound."""
     keep: Literal["resend", "cache"] = "resend"
     """What waits for the backward pass: each rank keeps what its own tokens need ('resend'), or what it computed
     ('cache')."""
@@ -125,7 +128,13 @@ class DistCA(Arrangement):
     @property
     def servers(self) -> Servers:
         """What the layout is given."""
-        return Servers(tolerance=self.tolerance, tile=self.tile, ping_pong=self.ping_pong, keep=self.keep)
+        return Servers(
+            tolerance=self.tolerance,
+            tile=self.tile,
+            ping_pong=self.ping_pong,
+            buffer_bytes=self.buffer_bytes,
+            keep=self.keep,
+        )
 
     def check(self, recipe: Any) -> Iterator[Problem]:
         """Models whose attention is not causal over whole documents, networks that hide nothing."""

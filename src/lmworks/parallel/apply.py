@@ -37,6 +37,7 @@ from lmworks.parallel.ladder import Ladder
 from lmworks.parallel.parameters import Chunks, Masters
 from lmworks.parallel.pipeline import Pipeline, held_by, split
 from lmworks.parallel.pool import Pool
+from lmworks.parallel.quantised import Route
 from lmworks.parallel.replicas import Replicas
 from lmworks.parallel.shard import Cut, boxes, divide, local
 from lmworks.parallel.wire import Wire, alone
@@ -56,6 +57,7 @@ class Placement:
         wire: Wire,
         device: torch.device,
         kind: torch.dtype = torch.float32,
+        fed_back: Sequence[Route] = (),
     ) -> None:
         self.chunks = list(chunks)
         self.wire = wire
@@ -64,7 +66,10 @@ class Placement:
         self.cuts = dict(cuts)
         self.weights: nn.Module = chunks[0] if len(chunks) == 1 else Chunks(chunks)
         """What blocks are given."""
-        self.ladder = Ladder(dict(self.weights.named_parameters()), wire, kind) if wire.layout.masters else None
+        self.fed_back = list(fed_back)
+        """Sums over ranks that remember what their codes missed."""
+        weights = dict(self.weights.named_parameters())
+        self.ladder = Ladder(weights, wire, kind, self.fed_back) if wire.layout.masters else None
         stepped = self.weights if self.ladder is None else Masters(self.weights, self.ladder.masters)
         self.model: Backbone = stepped  # type: ignore[assignment]  # asked for its parameters only, where it is no Backbone
         self._boxes = {name: box for chunk in self.chunks for name, box in boxes(chunk, self.cuts, wire).items()}
@@ -72,6 +77,7 @@ class Placement:
         self.context = Context(wire) if wire.size("cp") > 1 else None
         self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
         self.replicas = self._alike()
+        self._remarked = False
         self._holders = {p: math.prod(self.others_alike(name).values()) for name, p in self.model.named_parameters()}
 
     def _alike(self) -> Replicas | None:
@@ -185,6 +191,12 @@ class Placement:
     def first_holder(self, name: str) -> bool:
         """Whether this rank is the first of those that hold the same values: the one that saves them."""
         return not any(self.wire.place("pp" if axis == "ends" else axis) for axis in self.others_alike(name))
+
+    def remarks(self) -> tuple[str, ...]:
+        """What people should hear of the passes so far, once a run."""
+        found = [text for chunk in self.chunks if isinstance(chunk.reach, Pool) for text in chunk.reach.remarks[:1]]
+        told, self._remarked = self._remarked, self._remarked or bool(found)
+        return () if told else tuple(found[:1])
 
     # --- around the passes ------------------------------------------------------------------------------------------
 
@@ -371,12 +383,13 @@ def place(
         chunks.append(chunk)
     if len(chunks) > 1 and config.tied and held[0] == 0 and held[-1] == layout.stages - 1:
         chunks[-1].embed = chunks[0].embed  # both ends of a V: one table, one gradient
+    fed_back: list[Route] = []
     if layout.size("fsdp" if layout.state is None else "weights") > 1:
         for chunk in chunks:
-            shard(chunk, wire, device, dtype, {name for name, cut in cuts.items() if cut.axis == "ep"})
+            shard(chunk, wire, device, dtype, {name for name, cut in cuts.items() if cut.axis == "ep"}, fed_back)
     for chunk in chunks:
         chunk.to_empty(device=device)
-    return Placement(chunks, cuts, wire, device, param_dtype)
+    return Placement(chunks, cuts, wire, device, param_dtype, fed_back)
 
 
 def _reach(chunk: Backbone, wire: Wire) -> None:

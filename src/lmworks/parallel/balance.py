@@ -131,7 +131,7 @@ def balance(
         least = made.buffer_bytes(sizes)
         raise UsageError(
             f"{told}; {least} where every rank computes its own queries",
-            where=f"plan of attention for {ranks} ranks",
+            where="layout.servers.buffer_bytes",
             legal=f"a buffer of {least} bytes or more, {needed} for balance",
         )
     return replace(made, tolerance=tolerance, reason=f"{told}: nothing moves")

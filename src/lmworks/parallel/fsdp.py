@@ -11,16 +11,24 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lmworks.model.backbone import Backbone
 from lmworks.parallel.billing import billed_all_reduce
 from lmworks.parallel.layout import Layout
+from lmworks.parallel.quantised import Route
 from lmworks.parallel.travel import chosen
 from lmworks.parallel.wire import Wire
 
 
-def shard(chunk: Backbone, wire: Wire, device: torch.device, dtype: torch.dtype, apart: Collection[str]) -> None:
+def shard(
+    chunk: Backbone,
+    wire: Wire,
+    device: torch.device,
+    dtype: torch.dtype,
+    apart: Collection[str],
+    fed_back: list[Route],
+) -> None:
     """FSDP2 over each block and over the rest, all but the parameters `apart` and those that are not trained.
 
-    Losses are sums of shares, so gradients are summed, not averaged.
+    Losses are sums of shares, so gradients are summed, not averaged. `fed_back`: as in `travel.chosen`.
     """
-    layout, travel = wire.layout, chosen(wire)
+    layout, travel = wire.layout, chosen(wire, fed_back)
     over = _mesh(layout, device)
     alone = {p for name, p in chunk.named_parameters() if name in apart or not p.requires_grad}
     reshard: bool | int = layout.reshard if layout.reshard is not None else layout.pp == 1

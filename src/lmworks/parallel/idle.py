@@ -38,6 +38,7 @@ class Setting:
     speeds: Speeds
     tolerance: float = 0.1
     tile: int = 128
+    buffer_bytes: int | None = None
     cap: float = 1.0
     """Tokens that `by-work` may lay on a rank, over those of plain rows."""
     turns: Turns = "in-block"
@@ -64,6 +65,8 @@ class Outcome:
     """That were trained on: `by-work` may leave some for later."""
     largest: float
     """The largest attention of a rank over the mean, in pairs; of several steps the mean."""
+    reason: str | None = None
+    """Why the first plan that is not as it was asked for is not."""
 
     @property
     def idle(self) -> float:
@@ -81,6 +84,7 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
         memory=max((one.memory for one in outcomes), default=1.0),
         tokens=sum(one.tokens for one in outcomes),
         largest=sum(one.largest for one in outcomes) / max(1, len(outcomes)),
+        reason=next((one.reason for one in outcomes if one.reason is not None), None),
     )
 
 
@@ -155,6 +159,7 @@ def _shared(step: Sequence[Sequence[Row]], setting: Setting) -> Outcome:
         memory=float(tokens_R.max() / tokens_R.mean()),
         tokens=int(tokens_R.sum()),
         largest=float(loads.max() / loads.mean()),
+        reason=next((plan.reason for plan in plans if plan.reason is not None), None),
     )
 
 
@@ -167,6 +172,7 @@ def shared_plans(step: Sequence[Sequence[Row]], setting: Setting) -> list[Plan]:
             sizes=setting.speeds.sizes,
             tolerance=setting.tolerance,
             tile=setting.tile,
+            buffer_bytes=setting.buffer_bytes,
         )
         for half in (0, 1)
     ]

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.model.pieces import Box
+from lmworks.parallel.quantised import Route
 from lmworks.parallel.replicas import BUCKET_BYTES
 from lmworks.parallel.shard import Slice, local, slice_of
 from lmworks.parallel.travel import chosen
@@ -37,9 +38,12 @@ IN_FLIGHT = 2
 
 
 class Ladder:
-    """The masters of one rank, the way of gradients down to them, and of weights back up. `kind`: their type."""
+    """The masters of one rank, the way of gradients down to them, and of weights back up. `kind`: their type;
+    `fed_back`: as in `travel.chosen`."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], wire: Wire, kind: torch.dtype) -> None:
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], wire: Wire, kind: torch.dtype, fed_back: list[Route]
+    ) -> None:
         self.wire = wire
         trained = {name: p for name, p in weights.items() if p.requires_grad}
         slices = {name: slice_of(local(p).shape[0], wire.layout, wire.rank) for name, p in trained.items()}
@@ -50,7 +54,7 @@ class Ladder:
         for names in bucketed({name: local(p).nbytes for name, p in trained.items()}):
             members = [(trained[name], self.masters[name], slices[name]) for name in names]
             self._bucket_of |= {trained[name]: len(self._buckets) for name in names}
-            self._buckets.append(_Bucket(members, wire))
+            self._buckets.append(_Bucket(members, wire, fed_back))
         for p in trained.values():
             p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
         self._left: list[int] | None = None
@@ -143,7 +147,9 @@ class _Bucket:
     W: values of a row of what travels, chunk behind chunk; a chunk is a part with its rows filled up.
     """
 
-    def __init__(self, members: Sequence[tuple[nn.Parameter, nn.Parameter, Slice]], wire: Wire) -> None:
+    def __init__(
+        self, members: Sequence[tuple[nn.Parameter, nn.Parameter, Slice]], wire: Wire, fed_back: list[Route]
+    ) -> None:
         self.members = members
         self.wire = wire
         self.filled = False
@@ -152,7 +158,7 @@ class _Bucket:
         self._kind = first.dtype
         self._widths = [lies.gradients.chunk * _row(master) for _, master, lies in members]
         self.sums_W = torch.zeros(sum(self._widths), dtype=self._kind, device=first.device)
-        self.begin = chosen(wire).sums(self._widths)
+        self.begin = chosen(wire, fed_back).sums(self._widths)
         self._down_W = self.sums_W
         self._held: list[Tensor] = []
         self._running: Running | None = None

@@ -380,7 +380,7 @@ def _parts(layout: Layout, recipe: Any) -> Iterator[Problem]:
     if not recipe.optimizer.core().value_by_value:
         text = "needs whole matrices or passes of its own, which no rank of this layout can make. Run it on one rank"
         yield Problem(path="optimizer", text=text)
-    if recipe.model.tied and layout.schedule in V_SHAPED and layout.ranks > layout.pp * layout.tp * layout.cp:
+    if recipe.model.tied and layout.pp > 1 and layout.schedule in V_SHAPED and layout.size("fsdp") > 1:
         text = f"{layout.schedule} puts both ends of a tied model on one rank, which FSDP cannot divide. Take 1f1b"
         yield Problem(path="schedule", text=f"{text}, or model.tied = false")
 

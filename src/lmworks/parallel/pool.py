@@ -7,7 +7,7 @@ from it. The plan serves all blocks, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -36,6 +36,8 @@ class Pool:
     """Whose heads say what a token weighs."""
     planner: Planner | None = None
     """Left out: `balance`, by the layout's settings."""
+    remarks: list[str] = field(default_factory=list)
+    """Why the first plan that is not as it was asked for is not: one sentence, once a run."""
 
     def __call__(
         self,
@@ -56,6 +58,8 @@ class Pool:
         assert servers is not None, "the layout has them"
         plan = self.plan(self._documents(batch, new, documents_BK, device), dtype)
         self._agreed(plan, device)
+        if plan.reason is not None and not self.remarks:
+            self.remarks.append(f"layout.servers: {plan.reason}; of later plans nothing is said")
         return Reach(apart=partial(begin, self.wire, routes(plan, self.wire.place(AXIS), device), servers.keep))
 
     def plan(self, documents_RBT: Tensor, dtype: torch.dtype) -> Plan:
@@ -69,7 +73,14 @@ class Pool:
         sizes = Sizes.of(heads, groups, self.block.head_dim, dtype.itemsize)
         if self.planner is not None:
             return self.planner(held, ranks, sizes)
-        return balance(held, ranks, sizes=sizes, tolerance=servers.tolerance, tile=servers.tile)
+        return balance(
+            held,
+            ranks,
+            sizes=sizes,
+            tolerance=servers.tolerance,
+            tile=servers.tile,
+            buffer_bytes=servers.buffer_bytes,
+        )
 
     def _documents(self, batch: int, new: int, documents_BT: Tensor | None, device: torch.device) -> Tensor:
         """(R, B, T): the document of each token of each rank; one for each row where nothing was said."""

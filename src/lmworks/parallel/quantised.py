@@ -18,7 +18,7 @@ Bytes on the bill are those of packets (scales and codes) that leave the rank, b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +73,20 @@ class Missed:
         missed_RN = (wanted_RN - told.decode()).mul_(self.share).nan_to_num_(0.0, 0.0, 0.0)
         self._held[hop] = quantise(missed_RN, INT8, told.runs)
 
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as a checkpoint keeps it: by 'hop/sums' how many there were, codes and scales of what is held."""
+        found = {f"{hop}/sums": torch.tensor(number) for hop, number in self._sums.items()}
+        for hop, held in self._held.items():
+            found |= {f"{hop}/codes": held.codes_RN, f"{hop}/scale": held.scale_RK}
+        return found
+
+    def load(self, state: Mapping[str, Tensor], hop: int, runs: Runs) -> None:
+        """Take up what `state` told of one hop; `runs`: how its rows are cut."""
+        if f"{hop}/sums" in state:
+            self._sums[hop] = int(state[f"{hop}/sums"])
+        if f"{hop}/codes" in state:
+            self._held[hop] = Blocks(codes_RN=state[f"{hop}/codes"], scale_RK=state[f"{hop}/scale"], runs=runs)
+
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
@@ -97,13 +111,32 @@ class Route:
         """How many go to each rank of a hop: one for each rank of the later ones."""
         return math.prod(self.wire.size(axis) for axis in self.hops[number + 1 :])
 
+    def rows(self, number: int) -> Runs:
+        """How what goes to one rank of a hop is cut."""
+        return self.runs.times(self.slices(number))
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether that is what codes of these sums missed."""
+        wanted: dict[str, tuple[int, ...]] = {}
+        for number, axis in enumerate(self.hops):
+            ranks, runs = self.wire.size(axis), self.rows(number)
+            wanted |= {f"{number}/codes": (ranks, runs.values), f"{number}/scale": (ranks, runs.blocks)}
+            wanted[f"{number}/sums"] = ()
+        return all(wanted.get(name) == tuple(x.shape) for name, x in state.items())
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what codes missed before."""
+        assert self.missed is not None, "these sums are fed back"
+        for number in range(len(self.hops)):
+            self.missed.load(state, number, self.rows(number))
+
     def send(self, x_N: Tensor, number: int) -> Parcels:
         """Begin one hop with the slices that are left."""
         axis, slices = self.hops[number], self.slices(number)
         ranks = self.wire.size(axis)
         wanted_RN = x_N.view(slices, ranks, self.runs.values).transpose(0, 1).reshape(ranks, -1)
         wanted_RN = wanted_RN if self.missed is None else self.missed.added(wanted_RN, number)
-        told = quantise(wanted_RN, self.code, self.runs.times(slices))
+        told = quantise(wanted_RN, self.code, self.rows(number))
         if self.missed is not None:
             self.missed.keep(wanted_RN, told, number)
         sent_RS = told.packet(self.code)
@@ -116,7 +149,7 @@ class Route:
     def receive(self, parcels: Parcels, number: int) -> Tensor:
         """The sum of what has come over one hop, slice behind slice, float32."""
         parcels.running.wait()
-        return unpacked(parcels.found_RS, self.code, self.runs.times(self.slices(number))).decode().sum(0)
+        return unpacked(parcels.found_RS, self.code, self.rows(number)).decode().sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,10 @@ class Servers:
     queries, keys and results of the other are on their way. Left out: where a micro-batch has several rows."""
     tile: PositiveInt = 128
     """Queries that stay together: documents are cut at multiples of it only, and shorter ones stay whole."""
+    buffer_bytes: PositiveInt | None = None
+    """Bytes that a rank may send, or receive, in one exchange of a forward pass; backward passes take up to three times
+    as many. Where a plan needs more, its tolerance is raised until it fits, and in the end nothing moves: the run says
+    so. Left out: no bound."""
     keep: Literal["resend", "cache"] = "resend"
     """What waits for the backward pass. 'resend': each rank keeps queries, keys, values and results of its own tokens,
     and sends them again. 'cache': the rank that computed them keeps them; less is sent, and memory follows the work."""

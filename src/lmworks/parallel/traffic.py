@@ -4,6 +4,7 @@ f = (n - 1) / n for n ranks on the axis; X: bytes of a micro-batch's hidden stat
 m micro-batches; P the bytes of this rank's parameters.
 
     tp     8 f X per block and micro-batch, of which half forward; 2 f X for the token table, 3 or 2 f X for the head
+           (X is in proportion to rows: a last micro-batch that is smaller sends less by as much)
     cp     per block and micro-batch, what `of_context` says; ids of documents
     pp     X per micro-batch, boundary and direction, divided by tp with sequence_parallel
     fsdp   f P for each time that weights are gathered, f P for the gradients, once
@@ -55,6 +56,8 @@ class Work:
     rows: int
     """Of a micro-batch on one rank."""
     micro_batches: int
+    last: int | None = None
+    """Rows of the last micro-batch, where they are fewer; not in a pipeline, whose micro-batches are of one size."""
     sequence: int
     """Tokens of a row."""
     value_bytes: int = 4
@@ -63,6 +66,11 @@ class Work:
     """Of a weight and of its gradient."""
     recomputed: frozenset[int] = frozenset()
     """Blocks that run forward again in the backward pass."""
+
+    @property
+    def all_rows(self) -> int:
+        """Of all micro-batches on one rank."""
+        return (self.micro_batches - 1) * self.rows + (self.rows if self.last is None else self.last)
 
 
 def traffic(config: Shape, layout: Layout, rank: int, work: Work) -> dict[str, float]:
@@ -166,7 +174,8 @@ class _Part:
         self.rank, self.place = rank, layout.place(rank, "tp")
         self.sizes = config.blocks()
         self.shapes = dict(config.shapes())
-        self.tokens = work.rows * work.sequence // layout.cp
+        self.tokens = work.all_rows * work.sequence // layout.cp
+        """Of all micro-batches."""
         self.hidden = self.tokens * config.hidden_size * work.value_bytes
 
     def sent(self) -> dict[str, float]:
@@ -207,12 +216,12 @@ class _Part:
         return slice_of(rows, self.layout, self.rank)
 
     def names(self) -> list[str]:
-        """The parameters of this stage."""
-        kept = []
+        """The parameters of this stage; a tied table that both ends of a pipeline share counts with the first."""
+        kept, shared = [], self.layout.pp > 1 and self.layout.both_ends_on_one_rank
         for name in self.shapes:
             top, _, rest = name.partition(".")
             at_first = top in ("positions", "embed")
-            at_last = top in ("norm", "head") or (top == "embed" and self.config.tied)
+            at_last = top in ("norm", "head") or (top == "embed" and self.config.tied and not shared)
             if top == "blocks":
                 if int(rest.partition(".")[0]) in self.blocks:
                     kept.append(name)
@@ -228,17 +237,17 @@ class _Part:
         if n == 1:
             return 0.0
         f, divided = (n - 1) / n, self.layout.sequence_parallel
-        per_micro = 0.0
+        sent = 0.0
         for block in self.blocks:
             again = (3 if divided else 2) if self._recomputed(block) else 0  # all but the last sum
-            per_micro += f * self.hidden * (8 + again)
+            sent += f * self.hidden * (8 + again)
         if self.first:
-            per_micro += 2 * f * self.hidden
+            sent += 2 * f * self.hidden
         if self.last:
-            per_micro += (3 if divided else 2) * f * self.hidden
-            per_micro += f * 2 * n * self.tokens * max(4, self.work.value_bytes)  # what ranks hear of each token's loss
+            sent += (3 if divided else 2) * f * self.hidden
+            sent += f * 2 * n * self.tokens * max(4, self.work.value_bytes)  # what ranks hear of each token's loss
         partial = sum(self.values(name) for name in self.names() if self._partial(name))
-        return self.work.micro_batches * per_micro + 2 * f * partial * self.work.weight_bytes
+        return sent + 2 * f * partial * self.work.weight_bytes
 
     def _partial(self, name: str) -> bool:
         """Whether each rank of tp has a part of this gradient."""
@@ -249,16 +258,16 @@ class _Part:
         n = self.layout.cp
         if n == 1:
             return 0.0
-        f, work = (n - 1) / n, self.work
+        f, rows = (n - 1) / n, self.work.all_rows
         windows = len({size.window for size in self.sizes})
         served = self.layout.servers is not None  # what attention sends is then no matter of cp
-        per_micro = 0.0 if served else f * work.rows * work.sequence * 8.0 * windows  # documents' ids
+        sent = 0.0 if served else f * rows * self.work.sequence * 8.0 * windows  # documents' ids
         for block in self.blocks:
             forward, backward = (0.0, 0.0) if served else self._attention(self.sizes[block])
-            per_micro += forward * (2 if self._recomputed(block) else 1) + backward
-            chosen = (self.sizes[block].experts or 0) * work.rows * 8  # counts of a row's tokens by expert
-            per_micro += 2 * f * chosen * (2 if self._recomputed(block) else 1)
-        return work.micro_batches * per_micro
+            sent += forward * (2 if self._recomputed(block) else 1) + backward
+            chosen = (self.sizes[block].experts or 0) * rows * 8  # counts of a row's tokens by expert
+            sent += 2 * f * chosen * (2 if self._recomputed(block) else 1)
+        return sent
 
     def _attention(self, block: BlockSizes) -> tuple[float, float]:
         """Bytes of one block's attention forward and backward, both ways of the links."""

@@ -33,8 +33,9 @@ class Travel:
     """Of a bucket's sums over the axis gradients; given the values of each of its tensors in a row of x, in order."""
 
 
-def chosen(wire: Wire) -> Travel:
-    """What the layout asks for."""
+def chosen(wire: Wire, fed_back: list[Route]) -> Travel:
+    """What the layout asks for. Sums that remember what their codes missed are added to `fed_back`, in the order in
+    which they are made: the same every time."""
     state = wire.layout.state
     if state is None:
         return Travel(
@@ -44,8 +45,8 @@ def chosen(wire: Wire) -> Travel:
         )
     return Travel(
         gather=lambda module, again: _gather(wire, state, module, again=again),
-        scatter=lambda module: _scatter(wire, state, module),
-        sums=lambda widths: _sums(wire, state, widths),
+        scatter=lambda module: _scatter(wire, state, module, fed_back),
+        sums=lambda widths: _sums(wire, state, widths, fed_back),
     )
 
 
@@ -59,20 +60,23 @@ def _gather(wire: Wire, state: StatePlacement, module: FSDPModule, *, again: boo
     return SecondCopy(wire, first, copied, runs.times(wire.size("weights")))
 
 
-def _scatter(wire: Wire, state: StatePlacement, module: FSDPModule) -> ReduceScatter:
+def _scatter(wire: Wire, state: StatePlacement, module: FSDPModule, fed_back: list[Route]) -> ReduceScatter:
     if state.gradients_as == "plain":
         return BilledReduceScatter(wire, "weights")
-    return CodedReduceScatter(_route(wire, state, "weights", runs_of(module, state.block)))
+    return CodedReduceScatter(_route(wire, state, "weights", runs_of(module, state.block), fed_back))
 
 
-def _sums(wire: Wire, state: StatePlacement, widths: Sequence[int]) -> Begin:
+def _sums(wire: Wire, state: StatePlacement, widths: Sequence[int], fed_back: list[Route]) -> Begin:
     if state.gradients_as == "plain":
         return lambda out_W, x_NW: wire.begin_scatter_sum(out_W, x_NW, "gradients")
     runs = Runs(lengths=tuple(width for width in widths if width), block=state.block)
-    return _route(wire, state, "gradients", runs).begin
+    return _route(wire, state, "gradients", runs, fed_back).begin
 
 
-def _route(wire: Wire, state: StatePlacement, axis: str, runs: Runs) -> Route:
+def _route(wire: Wire, state: StatePlacement, axis: str, runs: Runs, fed_back: list[Route]) -> Route:
     hops = state.hops(axis, wire.layout.size("fsdp"))
     missed = Missed(share=state.feedback) if state.feedback else None
-    return Route(hops=hops, code=CODES[state.gradients_as], runs=runs, wire=wire, missed=missed)
+    route = Route(hops=hops, code=CODES[state.gradients_as], runs=runs, wire=wire, missed=missed)
+    if missed is not None:
+        fed_back.append(route)
+    return route

@@ -15,7 +15,7 @@ from lmworks.core.errors import LmworksError, OutOfMemory, RecipeError, Stopped,
 from lmworks.core.run import RunFolder, fresh
 from lmworks.model.checkpoint import complete, write_shape
 from lmworks.model.pieces import Pieces
-from lmworks.parallel import failure, world
+from lmworks.parallel import failure, feedback, world
 from lmworks.parallel.footprint import Footprint, in_words, listed, measured
 from lmworks.parallel.gather import gather
 from lmworks.parallel.layout import Layout
@@ -351,6 +351,7 @@ class Loop:
             "source": step.source.state(),
             "watchers": [watcher.state() for watcher in self.watchers],
             "parts": parts_of(self.recipe),
+            "layout": feedback.made_on(self.wire.layout),
         }
         random = save.random_state() | {"probe": step.probe.state()["generator"]}
         kept = {
@@ -359,6 +360,8 @@ class Loop:
             "selector": (step.selector.state(), {}) if self.wire.rank == 0 else ({}, {}),
             "random": ({self._own(name): value for name, value in random.items()}, {}),
         }
+        if self.placement.fed_back:
+            kept["missed"] = (feedback.state(self.placement.fed_back, self.wire.rank), {})
         tensors, boxes = ({kind: pair[i] for kind, pair in kept.items()} for i in range(2))
         return save.Snapshot(tensors=tensors, state=state, boxes=boxes)  # type: ignore[arg-type]  # of each pair the one
 
@@ -373,6 +376,8 @@ class Loop:
         changed = save.must_be_the_same_parts(state["parts"], parts_of(self.recipe), where=where)
         self.placement.load(model)
         step.update.load(self.placement.states(optimizer, model.shapes()))
+        of, missed = self.placement.fed_back, stored.pieces("missed")
+        anew = feedback.load(of, self.wire, missed, state.get("layout"), self.built.device)
         self._restore_random(stored.pieces("random"))
         step.source.load(state["source"])
         step.selector.load(stored.pieces("selector").all())
@@ -382,8 +387,8 @@ class Loop:
         self.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress) if entry.name in state})
         self.report.note(f"going on from step {self.progress.step} ({self.parent})")
         lost = self.energy.go_on(self.progress.energy, self.folder, self.progress.step)
-        if lost is not None:
-            self.report.note(lost)
+        for text in filter(None, (lost, anew)):
+            self.report.note(text)
         if changed:
             self.report.note(f"with other settings than the checkpoint's: {'; '.join(changed)}")
 

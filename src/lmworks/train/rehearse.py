@@ -75,9 +75,11 @@ class Scene:
         """What a rank does in one step, for the formulas."""
         own = self.rows // self.layout.size("batch")
         micro = min(self.micro_rows, own)
+        micro_batches = -(-own // micro)
         return Work(
             rows=micro,
-            micro_batches=own // micro,
+            micro_batches=micro_batches,
+            last=own - (micro_batches - 1) * micro,
             sequence=self.length,
             value_bytes=value_bytes,
             weight_bytes=value_bytes,
@@ -299,7 +301,7 @@ def pipeline_of(recipe: Any, layout: Layout) -> Timeline:
 def micro_batches_of(recipe: Any, layout: Layout) -> int:
     """Micro-batches of one rank in a step of the real run."""
     own: int = recipe.batch_size // layout.size("batch")
-    return own // min(recipe.micro_batch_size or own, own)
+    return -(-own // min(recipe.micro_batch_size or own, own))
 
 
 # --- making things small ----------------------------------------------------------------------------------------------

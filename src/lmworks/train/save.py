@@ -5,6 +5,7 @@
         optimizer.safetensors   'parameter name/state name'
         selector.safetensors    what the selector remembers
         random.safetensors      generator states as bytes
+        missed.safetensors      what codes of gradients missed, where it is fed back: by rank, for the same layout
         state.json              step, tokens, data position, watchers, ...
         manifest.json           size and SHA-256 of each file above; written last: a folder without it is not complete
 
@@ -39,7 +40,7 @@ from lmworks.model.checkpoint import complete, refused, step_of, verify
 from lmworks.model.pieces import Box, Pieces, header
 
 FORMAT = 2
-TENSOR_FILES = ("model", "optimizer", "selector", "random")
+TENSOR_FILES = ("model", "optimizer", "selector", "random", "missed")
 PATIENCE_MINUTES = 30
 """How long the first rank waits for the others' files."""
 HURRY_SECONDS = 10
@@ -62,7 +63,7 @@ class Saving:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a run needs to go on: tensors by file ('model', 'optimizer', 'selector', 'random') and a JSON state."""
+    """All that a run needs to go on: tensors by file (`TENSOR_FILES`) and a JSON state."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
@@ -237,7 +238,7 @@ class Stored:
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
     def pieces(self, kind: str) -> Pieces:
-        """The tensors of one kind: 'model', 'optimizer', 'selector' or 'random'."""
+        """The tensors of one of `TENSOR_FILES`; none where there is no such file."""
         suited = (f"{kind}.", f"{kind}-")
         return Pieces([self.folder / n for n in self._names if n.endswith(".safetensors") and n.startswith(suited)])
 

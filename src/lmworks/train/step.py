@@ -102,7 +102,7 @@ class Step:
             units={name: facts[name] for name in counts},
             passes=3.0 * facts["tokens"] + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
-            notes=tuple(note for facts in moved for note in facts.notes),
+            notes=(*placement.remarks(), *(note for facts in moved for note in facts.notes)),
         )
 
     def close(self) -> None:

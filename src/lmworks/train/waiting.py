@@ -72,7 +72,13 @@ def waiting(
     loader = recipe.data.prepare(seed=recipe.seed, progress=progress).train(prefetch=0)
     found = []
     for ranks in counts:
-        setting = Setting(ranks=ranks, speeds=speeds, tolerance=servers.tolerance, tile=servers.tile)
+        setting = Setting(
+            ranks=ranks,
+            speeds=speeds,
+            tolerance=servers.tolerance,
+            tile=servers.tile,
+            buffer_bytes=servers.buffer_bytes,
+        )
         drawn = [loader.draw(ranks * own).documents_BT.numpy() for _ in range(steps)]
         found.append(Waiting(ranks=ranks, outcomes={by: _of(by, drawn, micro, setting) for by in BY}))
     loader.close()
@@ -111,6 +117,7 @@ def facts(found: Sequence[Waiting]) -> list[dict[str, Any]]:
             "idle": {packing: made.idle for packing, made in one.outcomes.items()},
             "memory": {packing: made.memory for packing, made in one.outcomes.items()},
             "moved_bytes_per_token_and_block": one.moved,
+            "reason": one.outcomes["shared"].reason,
         }
         for one in found
     ]
@@ -123,6 +130,10 @@ def told(found: Sequence[Waiting], asked: int) -> list[str]:
     for one in found:
         idle = "".join(f"{100 * one.outcomes[packing].idle:11.1f}%" for packing in BY)
         lines.append(f"  {one.ranks:5}{idle}{one.moved:35,.0f}{'  <- this layout' if one.ranks == asked else ''}")
+    reasons = {one.ranks: one.outcomes["shared"].reason for one in found}
+    lines += [
+        f"  the first plan of {n} that is not as asked for: {why}" for n, why in reasons.items() if why is not None
+    ]
     lines.append("  as packed: rows as they are; by work: whole documents, the longest first, each to the idlest rank;")
     lines.append('  shared: as packed, and ranks compute each other\'s attention: layout.use = "distca"')
     return lines

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lmworks.maths import float8, kernels
+from lmworks.maths import blockwise, float8, kernels
+from lmworks.maths.blockwise import Code, Runs
 from lmworks.maths.float8 import E4M3, Format, Scaled
 from lmworks.model.rotary import Rotary
 from tests.oracles import formulas
@@ -229,3 +230,21 @@ def step(found: Scaled, want: Tensor) -> None:
     assert bool((error <= want.abs() * 2.0**-4 * (1 + 1e-5) + scale * 2.0**-10 * (1 + 1e-5)).all())
     top = want.abs().unflatten(-1, (-1, 16)).amax(-1)
     assert bool(((found.scale.cpu().double() - top / 448).abs() <= top / 448 * 2.0**-8 * (1 + 1e-5) + 1e-12).all())
+
+
+def blocks(device: str, x_RN: Tensor, code: Code, runs: Runs) -> None:
+    """Codes, scales, packed codes and values are those of the plain form on a CPU, to the bit."""
+    want = blockwise.quantise(x_RN, code, runs)
+    codes_RN, scale_RK = kernels.blocks.encoded(x_RN.to(device), runs.lengths, runs.block, code.top)
+    assert codes_RN.dtype == torch.int8
+    assert torch.equal(codes_RN.cpu(), want.codes_RN)
+    assert torch.equal(scale_RK.cpu().nan_to_num(-1.0), want.scale_RK.nan_to_num(-1.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = kernels.blocks.decoded(codes_RN, scale_RK, runs.lengths, runs.block, dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found.cpu().nan_to_num(-1.0), want.decode(dtype).nan_to_num(-1.0))
+    if code.bits == 4:
+        packet_RS, cut = want.packet(code), 4 * runs.blocks
+        assert torch.equal(kernels.blocks.packed(codes_RN).cpu(), packet_RS[:, cut:])
+        again = kernels.blocks.unpacked(packet_RS.to(device)[:, cut:], runs.values)
+        assert torch.equal(again.cpu(), want.codes_RN)

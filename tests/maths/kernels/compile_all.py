@@ -17,16 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmworks.maths.kernels import cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary
+from lmworks.maths.kernels import blocks, cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary
 from lmworks.maths.kernels.grid import warps
 
-FAMILIES = (cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary)
+FAMILIES = (blocks, cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary)
 FLOAT32 = {
     f"{name}_ptr" for name in ["inverse", "factor", "maxima", "found", "partial", "losses", "shares", "cos", "sin"]
 }
 OF_MOMENTS = {"x_ptr", "scale_ptr", "exponent_ptr", "centre_ptr", "out_ptr"}
 """Pointers of expansion's kernels, all to float32."""
-INSIDE = {"_load", "_power"}
+INSIDE = {"_find", "_load", "_power", "_wide"}
 """Functions of kernels."""
 REALS = {"eps", "floor", "most", "alike"}
 """Arguments that are no whole numbers."""
@@ -34,6 +34,12 @@ REALS = {"eps", "floor", "most", "alike"}
 ROWS = [{"ROWS": 32, "WIDTH": 64}, {"ROWS": 1, "WIDTH": 4096}, {"ROWS": 1, "WIDTH": 16384}]
 TRUE_FALSE = (True, False)
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "blocks._encode": [
+        {"TOP": top, "WIDTH": width, "GROUPS": 2048 // width, "STEPS": 4} for top in (127, 7) for width in (256, 64)
+    ],
+    "blocks._decode": [{"WIDTH": 256, "GROUPS": 8, "STEPS": 4}],
+    "blocks._pack": [{"SPAN": blocks.SPAN}],
+    "blocks._unpack": [{"SPAN": blocks.SPAN}],
     "cross_entropy._losses": [
         {"IGNORE": -100, "SHARES": shares, "GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK}
         for shares, gradient in ((True, True), (False, True), (False, False))
@@ -75,8 +81,10 @@ def type_of(argument: str, family: str) -> str:
     """How an argument is passed."""
     if not argument.endswith("_ptr"):
         return "fp32" if argument in REALS else "i32"
-    if argument == "targets_ptr":
+    if argument in ("targets_ptr", "before_ptr", "starts_ptr"):
         return "*i64"
+    if family == "blocks" and argument == "scale_ptr":
+        return "*fp32"
     if family == "expansion" and argument in OF_MOMENTS:
         return "*fp32"
     return "*u8" if "codes" in argument else "*fp32" if argument in FLOAT32 else "*bf16"

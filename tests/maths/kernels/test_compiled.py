@@ -38,7 +38,7 @@ def compiled_for(capability: int, cache: Path) -> list[dict[str, Any]]:
 def test_machine_code_for_every_kernel(capability: int, tmp_path: Path) -> None:
     rows = compiled_for(capability, tmp_path)
     assert all(row["bytes"] > 0 for row in rows)
-    assert len({row["kernel"] for row in rows}) == 18
+    assert len({row["kernel"] for row in rows}) == 22
     for row in rows:
         family, _, kernel = row["kernel"].partition(".")
         asks = capability >= 89 and (family in EIGHT_BITS_IN or (family == "quantise" and kernel != "_maxima"))

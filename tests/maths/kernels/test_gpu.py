@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lmworks.maths import kernels
+from lmworks.maths.blockwise import CODES, Code, Runs
 from lmworks.maths.float8 import E4M3, E5M2, Format
 from tests.maths.kernels import cases
 from tests.maths.kernels.test_expansion import as_the_plain_form, moments
@@ -79,3 +80,12 @@ def test_from_codes_to_codes(shape: tuple[int, int]) -> None:
 def test_moments(name: str, form: Format) -> None:
     as_the_plain_form(moments()[name], form, expand=True, device="cuda")
     as_the_plain_form(moments()[name], form, expand=False, device="cuda")
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=lambda code: code.name)
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e-40, 1e30])
+def test_codes_by_blocks(code: Code, size: float) -> None:
+    for runs in (Runs(lengths=(1 << 16, 4096), block=256), Runs(lengths=(4099, 1, 770), block=100)):
+        x_RN = cases.normal(4, runs.values, seed=0) * size
+        cases.blocks("cuda", x_RN, code, runs)
+        cases.blocks("cuda", x_RN.bfloat16(), code, runs)

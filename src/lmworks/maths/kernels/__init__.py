@@ -7,6 +7,7 @@
     quantise        eight-bit codes by group and by tensor, transposed copies
     norm8, gated8   RMSNorm and SwiGLU that read and write eight-bit codes
     expansion       codes of optimizer moments, stretched by group
+    blocks          whole-number codes by blocks, which travel between ranks
     codes, grid     what kernels share: eight-bit numbers by their bits; rows and tiles
 
 A family is imported, and Triton with it, when it is first asked for: `from lmworks.maths import kernels` costs nothing.
@@ -29,17 +30,18 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lmworks.maths.kernels import cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary
+    from lmworks.maths.kernels import blocks, cross_entropy, expansion, gated, gated8, norm, norm8, quantise, rotary
 
-FAMILIES = ("cross_entropy", "expansion", "gated", "gated8", "norm", "norm8", "quantise", "rotary")
+FAMILIES = ("blocks", "cross_entropy", "expansion", "gated", "gated8", "norm", "norm8", "quantise", "rotary")
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """What the kernels that are not about eight bits take; they compute in float32."""
 MOST_COLUMNS = 16384
-"""The widest row that RMSNorm's kernels take: a program holds a whole one."""
+"""The widest row that RMSNorm's kernels take, and the widest block of `blocks`: a program holds a whole one."""
 
 __all__ = [
     "DTYPES",
     "MOST_COLUMNS",
+    "blocks",
     "builds",
     "cross_entropy",
     "expansion",
