@@ -28,6 +28,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option(help="Devices. Default: those of one node.", min=1)] = None,
     objective: Annotated[Objective, typer.Option(help="What the best plan has least of.")] = Objective.time,
     region: Annotated[str | None, typer.Option(help="Where it stands, for price and CO2.")] = None,
+    own: Annotated[bool, typer.Option("--own", help="Cost the recipe's own layout; search none.")] = False,
     show: Annotated[int, typer.Option(help="Plans to show.", min=1)] = 5,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe into this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the best plan into this PNG.")] = None,
@@ -57,6 +58,7 @@ def plan(
         objective=objective.value,
         region=region,
         show=show,
+        own=own,
     )
     search.refuse_nothing(found)
     tell(report.as_json(found, machines), as_json=as_json, text=_text(found, machines, decoded))

@@ -20,13 +20,14 @@ from lmworks.core.errors import UsageError
 from lmworks.model.head import chunk_rows
 from lmworks.model.sizes import BlockBytes, BlockSizes
 from lmworks.parallel.footprint import Footprint, MicroBatch, vocabulary_of
-from lmworks.parallel.holdings import WEIGHT
+from lmworks.parallel.holdings import WEIGHT, Counts, of_counts
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.pipeline import held_by, split
 from lmworks.parallel.schedule import order
 from lmworks.parallel.traffic import COLUMNS, ROWS, portions
 from lmworks.plan.choice import Choice, Matrix, Stage, resharded
 from lmworks.plan.cluster import Cluster
+from lmworks.plan.states import settled_counts, sums_each
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,21 @@ class Ground:
         """For each block the first one that is like it."""
         found: dict[Any, int] = {}
         inside: dict[int, list[Any]] = {number: [] for number in range(self.depth)}
-        for name, shape in self.shapes.items():
-            if name.startswith("blocks."):
-                _, number, rest = name.split(".", 2)
-                inside[int(number)].append((rest, shape))
+        for number, names in self._by_block.items():
+            inside[number] = [(name.split(".", 2)[2], self.shapes[name]) for name in names]
         return [found.setdefault((self.sizes[i], tuple(inside[i])), i) for i in range(self.depth)]
+
+    @cached_property
+    def _by_block(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for name in self.shapes:
+            if name.startswith("blocks."):
+                found.setdefault(int(name.split(".", 2)[1]), []).append(name)
+        return found
+
+    def inside(self, number: int) -> list[str]:
+        """Names of a block's parameters."""
+        return self._by_block[number]
 
     @cached_property
     def matrices(self) -> dict[int, list[Matrix]]:
@@ -193,7 +204,7 @@ class Ground:
             optimizer=state,
             saved=self._saved(choice, micro, place),
             logits=logits,
-            workspace=workspace + self.whole(choice, place),
+            workspace=workspace + self.whole(choice, place) + self.beside(layout, place),
         )
 
     def whole(self, choice: Choice, place: int) -> int:
@@ -217,7 +228,7 @@ class Ground:
             layout.tp,
             layout.ep,
         )
-        key += (several, resharded(layout))
+        key += (several, resharded(layout), layout.state, layout.state and layout.size("fsdp"))
         found: int | None = self._kept.get(key)
         return found if found is not None else self.keep(key, self._whole(layout, place, several))
 
@@ -228,16 +239,40 @@ class Ground:
         ends = sum(sums.ends[name][0] for name in {name for stage in stages for name in self.around(stage)})
         gathered = sum(sorted(blocks)[-2:]) if resharded(layout) else sum(blocks)
         narrow = min(WEIGHT, self.value) / WEIGHT
-        waiting = sum(blocks) + ends if several else (1 + narrow) * (max(blocks) + ends)
-        return round(narrow * (gathered + ends) + waiting)
+        wait = several and not sums_each(layout)
+        waiting = sum(blocks) + ends if wait else (1 + narrow) * (max(blocks) + ends)
+        held = layout.state is not None and layout.size("weights") == 1  # whole by themselves
+        return round((0 if held else narrow * (gathered + ends)) + waiting)
 
     def standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         """Bytes of weights, gradients and optimizer state."""
         ranks = (layout.dp_shard or 1) * layout.cp
         shape = (layout.pp, layout.held, layout.schedule in V_SHAPED, layout.split, place)
-        key = ("standing", *shape, layout.tp, ranks, layout.ep)
+        key = ("standing", *shape, layout.tp, ranks, layout.ep, layout.state)
         found: tuple[int, int, int | None] | None = self._kept.get(key)
-        return found or self.keep(key, self._standing(layout, place))
+        if found is not None:
+            return found
+        return self.keep(key, self._standing(layout, place) if layout.state is None else self._placed(layout, place))
+
+    def _placed(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
+        """The same of a placement of states."""
+        held = of_counts(layout, self.placed(layout, place), value=self.value)
+        known = self.recipe.optimizer.state_bytes({}) is not None
+        return held.weights, held.gradients, held.optimizer if known else None
+
+    def placed(self, layout: Layout, place: int) -> Counts:
+        """Values of a placement of states at a place of the pipeline, on the rank that holds most."""
+        stages = self.held(layout, place)
+        blocks = Counter(kind for stage in stages for kind in self.kinds[stage.start : stage.stop])
+        return settled_counts(self, layout, blocks.items(), {n for stage in stages for n in self.around(stage)})
+
+    def beside(self, layout: Layout, place: int) -> int:
+        """Bytes of a second copy of weights, and of what codes of gradients missed."""
+        state = layout.state
+        if state is None or (state.secondary is None and not state.feedback):
+            return 0
+        held = of_counts(layout, self.placed(layout, place), value=self.value)
+        return held.copy + held.missed
 
     def _standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         stages, sums = self.held(layout, place), self._sums(layout)

@@ -8,6 +8,7 @@
     context   exchanges over cp; the rings hide behind attention, the collectives do not
     gather    weights before a block, over fsdp
     reduce    gradients behind it, over fsdp, then over dp_replicate
+    once      with a placement of states: what its ranks exchange when all passes are made (`states.py`)
     away      saved tensors that go to a disk or to the host, and come back
 
 `bytes_` fields are what a rank sends, as `parallel.traffic` has it.
@@ -22,8 +23,9 @@ from typing import Any, final
 from lmworks.core.errors import UsageError
 from lmworks.model.sizes import mean_keys
 from lmworks.parallel.layout import Layout
-from lmworks.parallel.traffic import COLUMNS, ROWS, of_context
-from lmworks.plan.choice import Choice, Matrix, Stage
+from lmworks.parallel.traffic import of_context
+from lmworks.plan import states
+from lmworks.plan.choice import Choice, Matrix, Stage, resharded
 from lmworks.plan.cluster import Cluster, Dtype
 from lmworks.plan.links import Ring, of_axis
 from lmworks.plan.shape import Ground
@@ -78,8 +80,12 @@ class Piece:
     """One way."""
     gather: float = 0.0
     """Each time that weights are gathered."""
+    gather_again: float = 0.0
+    """The same for the backward pass, of a block that has given them back."""
     reduce: float = 0.0
-    """Once a step."""
+    """Once a step; with a placement of states and no pipeline, with every micro-batch."""
+    once: float = 0.0
+    """When all passes are made."""
     bytes_gather: float = 0.0
     bytes_reduce: float = 0.0
     bytes_replicate: float = 0.0
@@ -103,6 +109,7 @@ class Work:
         layout = choice.layout
         key: tuple[Any, ...] = ("piece", kind, choice.rows, layout.tp, layout.cp, layout.context, layout.order)
         key += (layout.sequence_parallel, layout.dp_shard, layout.dp_replicate, layout.ep, choice.saved.leaves())
+        key += (layout.state, layout.state and (layout.pp > 1, resharded(layout)))
         found: Piece | None = self.ground.kept(key)
         return found or self.ground.keep(key, self._block(choice, kind))
 
@@ -239,9 +246,26 @@ class Work:
     def _data(self, choice: Choice, *prefixes: str) -> dict[str, float]:
         """Gathers and sums of gradients of the parameters with these names, on the first rank."""
         layout = choice.layout
-        key = ("data", prefixes, layout.tp, layout.cp, layout.dp_shard, layout.dp_replicate, layout.ep)
+        key: tuple[Any, ...] = ("data", prefixes, layout.tp, layout.cp, layout.dp_shard, layout.dp_replicate, layout.ep)
+        key += (layout.state, layout.state and (layout.pp > 1, resharded(layout)))
         found: dict[str, float] | None = self.ground.kept(key)
-        return found or self.ground.keep(key, self._exchanged(layout, prefixes))
+        if found is not None:
+            return found
+        told = self._exchanged(layout, prefixes) if layout.state is None else self._placed(layout, prefixes)
+        return self.ground.keep(key, told)
+
+    def _placed(self, layout: Layout, prefixes: tuple[str, ...]) -> dict[str, float]:
+        """The same of a placement of states."""
+        taken = dict.fromkeys(("gather", "again", "sum", "once"), 0.0)
+        size = self.practice.gradient_bytes
+        for each in states.exchanges(self.ground.named(prefixes), layout, value=self.ground.value, summed=size):
+            taken[each.moment] += states.seconds(self.cluster, layout, each)
+        return {
+            "gather": taken["gather"],
+            "gather_again": taken["again"],
+            "reduce": taken["sum"],
+            "once": taken["once"],
+        }
 
     def _exchanged(self, layout: Layout, prefixes: tuple[str, ...]) -> dict[str, float]:
         n, copies, edp = layout.size("fsdp"), layout.dp_replicate, layout.size("edp")
@@ -250,7 +274,8 @@ class Work:
             if ".ffn.experts." in name and layout.ep > 1:
                 experts += math.prod(shape) / layout.ep
             else:
-                padded += self._padded(name, shape, layout.tp, n)
+                rows, *rest = states.on_first(name, shape, layout.tp)
+                padded += -(-rows // n) * n * math.prod(rest)  # rows filled up to a multiple of n
         f = (n - 1) / n
         gathered = f * min(WEIGHT, self.ground.value) * padded
         size = self.practice.gradient_bytes
@@ -260,21 +285,12 @@ class Work:
         of_experts = 2 * (edp - 1) / edp * size * experts
         return {
             "gather": fsdp.seconds(gathered),
+            "gather_again": fsdp.seconds(gathered),
             "reduce": fsdp.seconds(summed + of_experts) + replicate.seconds(copied),
             "bytes_gather": gathered,
             "bytes_reduce": summed,
             "bytes_replicate": copied,
         }
-
-    def _padded(self, name: str, shape: tuple[int, ...], tp: int, n: int) -> int:
-        """Values of a parameter on a rank of tp, rows filled up to a multiple of n."""
-        leaf = name.rpartition(".")[0].rpartition(".")[2]
-        rows, *rest = shape
-        if leaf in (*COLUMNS, "embed", "head"):
-            rows = -(-rows // tp)
-        elif leaf in ROWS and len(shape) == 2:
-            rest[0] = -(-rest[0] // tp)
-        return -(-rows // n) * n * math.prod(rest)
 
     def ring(self, layout: Layout, axis: str) -> Ring:
         """Of an axis."""
