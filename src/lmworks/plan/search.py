@@ -1,12 +1,13 @@
 """Layouts of a recipe on so many devices: all that are legal, those that fit, the best of them.
 
-Enumerated are tp (within a node), pp, cp, how the rest is divided into dp_shard and dp_replicate, or which placement
-of states its ranks take (ZeRO-1 and 2, MiCS, hpZ, and one degree for each level of the cluster's links), rows of a
-micro-batch, 1F1B (GPipe where there are fewer micro-batches than ranks) and its interleaved form, and policies for
-saved tensors. Expert parallelism stays as the recipe has it, and nothing travels as codes: that changes what is
-computed. A layout of the recipe's own, codes among it, is costed with `own`. A layout that needs more than `ROOM` of a device's memory
-is refused, with its bytes by class; the rest is ranked in closed form, and the best `SIMULATED` by the simulator. The
-same question has the same answer: ties go to the layout with fewer kinds of parallelism, then to the first enumerated.
+Enumerated are tp (within a node), pp, cp and its engines, how the rest is divided into dp_shard and dp_replicate, or
+which placement of states its ranks take (ZeRO-1 and 2, MiCS, hpZ, and degrees for the levels of the cluster's links),
+rows of a micro-batch, 1F1B (GPipe where there are fewer micro-batches than ranks) and its interleaved form, and
+policies for saved tensors. Expert parallelism stays as the recipe has it, and nothing travels as codes, which changes
+what is computed; the recipe's own layout, codes among it, is costed with `own`. A layout that needs more than `ROOM`
+of a device's memory is refused, with its bytes by class; the rest is ranked in closed form, and the best `SIMULATED` by
+the simulator. The same question has the same answer: ties go to the layout with fewer kinds of parallelism, then to the
+first enumerated.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, final
+from typing import Any, final, get_args
 
 from lmworks.core.errors import Problem, RecipeError, UsageError
 from lmworks.core.recipe import decode_part
 from lmworks.parallel.footprint import WORDS, Footprint, in_words
-from lmworks.parallel.layout import Layout, Schedule, problems_of
+from lmworks.parallel.layout import Engine, Layout, Schedule, problems_of
 from lmworks.parallel.state import DEGREES, StatePlacement
 from lmworks.plan import bill, simulate, time
 from lmworks.plan.bill import Bill, Objective
@@ -104,8 +105,8 @@ def search(
     simulated: int = SIMULATED,
     own: bool = False,
 ) -> Answer:
-    """The best layouts; `own`: the recipe's own one alone. Raises UsageError for what no search can answer, RecipeError for parts that no layout can hold;
-    an answer without plans is one in which nothing fits."""
+    """The best layouts; `own`: the recipe's own one alone. Raises UsageError for what no search can answer, RecipeError
+    for parts that no layout can hold and for an own layout that is not legal; an answer without plans is one in which nothing fits."""
     bill.check(cluster, objective, region)
     ground = Ground(recipe, cluster)
     work = Work(ground)
@@ -232,12 +233,28 @@ def _axes(ground: Ground, devices: int) -> Iterator[Layout]:
                 if not fits or recipe.batch_size % data:
                     continue
                 among = tp > 1 and length % (tp * max(1, 2 * cp if cp > 1 else 1)) == 0
-                plain = Layout(pp=pp, cp=cp, tp=tp, dp_shard=data, ep=experts, sequence_parallel=among)
-                for shard in divisors(data):
-                    if (shard * cp) % experts == 0:
-                        yield dataclasses.replace(plain, dp_replicate=data // shard, dp_shard=shard)
-                for state in _placements(ground, plain):
-                    yield dataclasses.replace(plain, state=state)
+                for engine in _engines(ground, tp, cp):
+                    plain = Layout(
+                        pp=pp, cp=cp, tp=tp, dp_shard=data, ep=experts, sequence_parallel=among, context=engine
+                    )
+                    yield from _shared(ground, plain, data, experts)
+
+
+def _engines(ground: Ground, tp: int, cp: int) -> tuple[Engine, ...]:
+    """Ways for ranks of cp to attend to each other's tokens that the model's heads allow."""
+    if cp == 1:
+        return ("all-gather",)
+    groups = math.gcd(*(block.n_kv_heads for block in ground.sizes)) // tp
+    return tuple(engine for engine in get_args(Engine) if engine != "ulysses" or groups % cp == 0)
+
+
+def _shared(ground: Ground, plain: Layout, data: int, experts: int) -> Iterator[Layout]:
+    """The layout with its states shared in every way."""
+    for shard in divisors(data):
+        if (shard * plain.cp) % experts == 0:
+            yield dataclasses.replace(plain, dp_replicate=data // shard, dp_shard=shard)
+    for state in _placements(ground, plain):
+        yield dataclasses.replace(plain, state=state)
 
 
 def _placements(ground: Ground, layout: Layout) -> list[StatePlacement]:
@@ -334,6 +351,8 @@ def described(choice: Choice) -> str:
     for axis, word in (("tp", "tp"), ("pp", "pp"), ("cp", "cp"), ("dp_shard", "shard"), ("dp_replicate", "replicate")):
         if layout.size(axis) > 1:
             words.append(f"{word} {layout.size(axis)}")
+    if layout.cp > 1:
+        words.append(layout.context)
     if layout.state is not None:
         words.append(placed(layout))
     if layout.ep > 1:

@@ -252,7 +252,9 @@ class Ground:
         found: tuple[int, int, int | None] | None = self._kept.get(key)
         if found is not None:
             return found
-        return self.keep(key, self._standing(layout, place) if layout.state is None else self._placed(layout, place))
+        found = self._standing(layout, place) if layout.state is None else self._placed(layout, place)
+        self._kept[key] = found
+        return found
 
     def _placed(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         """The same of a placement of states."""

@@ -80,9 +80,13 @@ def walk(work: Work, choice: Choice, stage: Stage, *, gathers: bool, reduces: bo
         runs = stage.start <= number < stage.stop and bool(choice.saved.again(number))
         backward.append(_back(piece, runs, kept, slow))
     forward = [slow * p.forward + p.tensor_forward + p.context_forward for p in pieces]
+    regather = gathers and resharded(choice.layout)
+    if not work.practice.gathers_overlap:  # then computing waits for all of each
+        forward = [taken + gathers * p.gather for taken, p in zip(forward, pieces, strict=True)]
+        backward = [taken + regather * p.gather_again for taken, p in zip(backward, pieces, strict=True)]
+        gathers = regather = False
     spans: list[Span] = []
     made = _forward(pieces, forward, spans, gathers=gathers)
-    regather = gathers and resharded(choice.layout)
     end, network = _backward(pieces, backward, spans, start=made, gathers=regather, reduces=reduces, stage=stage)
     return Walk(made, end - made, max(0.0, network - end), tuple(sorted(spans, key=lambda span: span.start)))
 

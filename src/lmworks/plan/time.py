@@ -130,7 +130,7 @@ def _passes(work: Work, choice: Choice, makeup: tuple[Any, ...]) -> Passes:
     whole = of("gather"), max(inner[1], *(p.gather for p in ends), 0.0), number + len(ends)
     reduce = of("reduce")
     most = max(p.reduce for p in [*(p for p, *_ in blocks), *ends])
-    away = of("away")
+    away, hides = of("away"), work.practice.gathers_overlap
     return Passes(
         forward=forward,
         backward=backward,
@@ -138,8 +138,8 @@ def _passes(work: Work, choice: Choice, makeup: tuple[Any, ...]) -> Passes:
         tensor=tensor + back_tensor,
         context=context + back_context,
         away=max(0.0, away - forward) + max(0.0, away - backward),
-        gather_forward=_waited(*whole, forward),
-        gather_backward=_waited(*inner, backward) if resharded(choice.layout) else 0.0,
+        gather_forward=_waited(*whole, forward) if hides else whole[0],
+        gather_backward=(_waited(*inner, backward) if hides else inner[0]) if resharded(choice.layout) else 0.0,
         reduce=_waited(reduce, most, whole[2], backward) if work.practice.data_overlaps else reduce,
         once=of("once"),
     )
@@ -224,8 +224,10 @@ def update(work: Work, choice: Choice, place: int) -> float:
 
 
 def boundary_bytes(work: Work, choice: Choice) -> float:
-    """What a rank sends to the next stage for each micro-batch."""
+    """What a rank sends to the next stage for each micro-batch, as far as anybody waits for it."""
     layout, ground = choice.layout, work.ground
+    if work.practice.sends_overlap:
+        return 0.0
     divided = layout.tp if layout.sequence_parallel or work.practice.divided_sends else 1
     values: int = choice.rows * (ground.sequence // layout.cp) * ground.shape.hidden_size
     return values * ground.value / divided
