@@ -106,7 +106,8 @@ def search(
     own: bool = False,
 ) -> Answer:
     """The best layouts; `own`: the recipe's own one alone. Raises UsageError for what no search can answer, RecipeError
-    for parts that no layout can hold and for an own layout that is not legal; an answer without plans is one in which nothing fits."""
+    for parts that no layout can hold and for an own layout that is not legal; an answer without plans is one in which
+    nothing fits."""
     bill.check(cluster, objective, region)
     ground = Ground(recipe, cluster)
     work = Work(ground)
