@@ -20,14 +20,14 @@ from lmworks.core.errors import UsageError
 from lmworks.model.head import chunk_rows
 from lmworks.model.sizes import BlockBytes, BlockSizes
 from lmworks.parallel.footprint import Footprint, MicroBatch, vocabulary_of
-from lmworks.parallel.holdings import WEIGHT, Counts, of_counts
+from lmworks.parallel.holdings import WEIGHT
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.pipeline import held_by, split
 from lmworks.parallel.schedule import order
 from lmworks.parallel.traffic import COLUMNS, ROWS, portions
+from lmworks.plan import states
 from lmworks.plan.choice import Choice, Matrix, Stage, resharded
 from lmworks.plan.cluster import Cluster
-from lmworks.plan.states import settled_counts, sums_each
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Ground:
             optimizer=state,
             saved=self._saved(choice, micro, place),
             logits=logits,
-            workspace=workspace + self.whole(choice, place) + self.beside(layout, place),
+            workspace=workspace + self.whole(choice, place) + states.beside(self, layout, place),
         )
 
     def whole(self, choice: Choice, place: int) -> int:
@@ -218,16 +218,8 @@ class Ground:
         layout, several = choice.layout, choice.micro_batches > 1
         if layout.size("fsdp") == 1:
             return 0
-        key: tuple[Any, ...] = (
-            "whole",
-            layout.pp,
-            layout.held,
-            layout.schedule in V_SHAPED,
-            layout.split,
-            place,
-            layout.tp,
-            layout.ep,
-        )
+        key: tuple[Any, ...] = ("whole", layout.pp, layout.held, layout.schedule in V_SHAPED, layout.split, place)
+        key += (layout.tp, layout.ep)
         key += (several, resharded(layout), layout.state, layout.state and layout.size("fsdp"))
         found: int | None = self._kept.get(key)
         return found if found is not None else self.keep(key, self._whole(layout, place, several))
@@ -239,7 +231,7 @@ class Ground:
         ends = sum(sums.ends[name][0] for name in {name for stage in stages for name in self.around(stage)})
         gathered = sum(sorted(blocks)[-2:]) if resharded(layout) else sum(blocks)
         narrow = min(WEIGHT, self.value) / WEIGHT
-        wait = several and not sums_each(layout)
+        wait = several and not states.sums_each(layout)
         waiting = sum(blocks) + ends if wait else (1 + narrow) * (max(blocks) + ends)
         held = layout.state is not None and layout.size("weights") == 1  # whole by themselves
         return round((0 if held else narrow * (gathered + ends)) + waiting)
@@ -252,29 +244,9 @@ class Ground:
         found: tuple[int, int, int | None] | None = self._kept.get(key)
         if found is not None:
             return found
-        found = self._standing(layout, place) if layout.state is None else self._placed(layout, place)
+        found = self._standing(layout, place) if layout.state is None else states.standing(self, layout, place)
         self._kept[key] = found
         return found
-
-    def _placed(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
-        """The same of a placement of states."""
-        held = of_counts(layout, self.placed(layout, place), value=self.value)
-        known = self.recipe.optimizer.state_bytes({}) is not None
-        return held.weights, held.gradients, held.optimizer if known else None
-
-    def placed(self, layout: Layout, place: int) -> Counts:
-        """Values of a placement of states at a place of the pipeline, on the rank that holds most."""
-        stages = self.held(layout, place)
-        blocks = Counter(kind for stage in stages for kind in self.kinds[stage.start : stage.stop])
-        return settled_counts(self, layout, blocks.items(), {n for stage in stages for n in self.around(stage)})
-
-    def beside(self, layout: Layout, place: int) -> int:
-        """Bytes of a second copy of weights, and of what codes of gradients missed."""
-        state = layout.state
-        if state is None or (state.secondary is None and not state.feedback):
-            return 0
-        held = of_counts(layout, self.placed(layout, place), value=self.value)
-        return held.copy + held.missed
 
     def _standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         stages, sums = self.held(layout, place), self._sums(layout)

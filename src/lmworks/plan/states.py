@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lmworks.parallel.holdings import WEIGHT, Counts
+from lmworks.parallel.holdings import WEIGHT, Counts, of_counts
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.levels import TO_ALL
 from lmworks.parallel.parcels import Parcels
@@ -91,6 +92,40 @@ def added(each: Iterable[tuple[Counts, int]], *, constant: int) -> Counts:
         for name in found:
             found[name] += times * getattr(one, name)
     return Counts(**found)
+
+
+def placed(ground: Ground, layout: Layout, place: int) -> Counts:
+    """Values of the rank that holds most at a place of the pipeline."""
+    stages, optimizer, shapes = ground.held(layout, place), ground.recipe.optimizer, ground.shapes
+
+    def of(key: Any, names: Iterable[str]) -> Counts:
+        kept = ("state counts", key, layout.tp, layout.size("fsdp"), layout.state)
+        found: Counts | None = ground.kept(kept)
+        if found is None:
+            found = counts([(name, shapes[name]) for name in names], layout, optimizer)
+            ground.keep(kept, found)
+        return found
+
+    blocks = Counter(kind for stage in stages for kind in ground.kinds[stage.start : stage.stop])
+    each = [(of(kind, ground.inside(kind)), number) for kind, number in blocks.items()]
+    each += [(of(name, [name]), 1) for name in sorted({n for stage in stages for n in ground.around(stage)})]
+    return added(each, constant=optimizer.state_bytes({}) or 0)
+
+
+def standing(ground: Ground, layout: Layout, place: int) -> tuple[int, int, int | None]:
+    """Bytes of weights, gradients and optimizer state."""
+    held = of_counts(layout, placed(ground, layout, place), value=ground.value)
+    known = ground.recipe.optimizer.state_bytes({}) is not None
+    return held.weights, held.gradients, held.optimizer if known else None
+
+
+def beside(ground: Ground, layout: Layout, place: int) -> int:
+    """Bytes of a second copy of weights, and of what codes of gradients missed; 0 without a placement."""
+    state = layout.state
+    if state is None or (state.secondary is None and not state.feedback):
+        return 0
+    held = of_counts(layout, placed(ground, layout, place), value=ground.value)
+    return held.copy + held.missed
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -190,17 +225,3 @@ def _ring(cluster: Cluster, layout: Layout, exchange: Exchange) -> Ring:
 def sums_each(layout: Layout) -> bool:
     """Whether gradients are summed over ranks with every micro-batch, and not with the last one only."""
     return layout.state is not None and layout.pp == 1
-
-
-def settled_counts(ground: Ground, layout: Layout, blocks: Iterable[tuple[int, int]], ends: Iterable[str]) -> Counts:
-    """Of a place of a pipeline: kinds of blocks, each with its number, and the names of what stands around them."""
-    optimizer, shapes = ground.recipe.optimizer, ground.shapes
-
-    def of(key: Any, names: Iterable[str]) -> Counts:
-        kept = ("state counts", key, layout.tp, layout.size("fsdp"), layout.state)
-        found: Counts | None = ground.kept(kept)
-        return found or ground.keep(kept, counts([(name, shapes[name]) for name in names], layout, optimizer))
-
-    each = [(of(kind, ground.inside(kind)), number) for kind, number in blocks]
-    each += [(of(name, [name]), 1) for name in ends]
-    return added(each, constant=optimizer.state_bytes({}) or 0)

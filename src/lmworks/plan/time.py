@@ -30,7 +30,7 @@ from typing import Any, final
 from lmworks.parallel.layout import V_SHAPED
 from lmworks.plan.choice import Choice, Stage, resharded
 from lmworks.plan.links import of_pipeline
-from lmworks.plan.states import sums_each
+from lmworks.plan.states import placed, sums_each
 from lmworks.plan.work import WEIGHT, Work, keeps_products, update_seconds
 
 CLASSES = ("compute", "again", "tensor", "context", "gather", "away", "bubble", "reduce", "update")
@@ -218,7 +218,7 @@ def update(work: Work, choice: Choice, place: int) -> float:
     weights, _, state = work.ground.standing(choice.layout, place)
     values = weights / WEIGHT
     if choice.layout.state is not None:
-        values = work.ground.placed(choice.layout, place).stepped
+        values = placed(work.ground, choice.layout, place).stepped
         state = (state or 0) - (WEIGHT * values if choice.layout.masters else 0)  # masters are weights that it steps
     return update_seconds(values, state or 0, work.cluster)
 
