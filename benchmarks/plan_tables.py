@@ -18,6 +18,7 @@ from typing import Any
 
 import evidence_file
 import numpy as np
+import plan_ladders
 import tomli_w
 
 from lmworks.core import recipe as recipes
@@ -289,11 +290,13 @@ def main() -> int:
     tables = {
         "megatron, TFLOP/s per GPU": [megatron_row(row, cluster) for row in megatron.WEAK_SCALING],
         "torchtitan, tokens/s per GPU": [titan_row(row) for row in TITAN_ROWS],
+        "frontier-zero, ratios of rates": plan_ladders.frontier_rows(),
+        "megascale, MFU of 175B, %": [plan_ladders.rung_row(rung) for rung in plan_ladders.rungs()],
     }
     for title, table in tables.items():
         print(title)
         for row in table:
-            print(f"  {row['row']:<52}{row['published']:>9,.0f}{row['modelled']:>9,.0f}{100 * row['residual']:>8.1f} %")
+            print(f"  {row['row']:<52}{row['published']:>9,.4g}{row['modelled']:>9,.4g}{100 * row['residual']:>8.1f} %")
     outside = [row["row"] for table in tables.values() for row in table if abs(row["residual"]) > WITHIN]
     record = evidence_file.head("plan_tables") | {
         "grade": "modelled",

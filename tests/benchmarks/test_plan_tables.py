@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lmworks.plan import cluster as clusters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import plan_ladders as ladders
 import plan_tables as tables
 
 DGX, HGX = clusters.load("dgx-a100"), clusters.load("hgx-h100")
@@ -53,3 +55,24 @@ def test_interleaving_gains_at_405_billion_what_was_published() -> None:
 
 def test_the_papers_days() -> None:
     assert [round(value, 1) for value in tables.days().values()] == [33.9, 83.9]
+
+
+def test_megascales_ladder_goes_up_as_published_and_ends_where_it_says_why() -> None:
+    told = [ladders.rung_row(rung) for rung in ladders.rungs()]
+    steps = [row["modelled"] for row in told[:8]]
+    assert all(below <= above for below, above in itertools.pairwise(steps))
+    assert steps[0] < steps[1] < steps[3] < steps[7]
+    assert [abs(row["residual"]) <= 0.10 for row in told[:3]] == [True] * 3
+    assert all(abs(row["residual"]) <= 0.15 and row["why"] for row in told)
+    old, new = told[8:]
+    assert 1.0 < new["modelled"] / old["modelled"] < 1.34, "the paper's, in which ranks also wait for slow ones"
+
+
+def test_frontiers_rows_have_the_papers_order_and_say_why_not_its_size() -> None:
+    plus, three, scaling = ladders.frontier_rows()
+    assert 1.0 < plus["modelled"] < three["modelled"]
+    assert 1.0 < plus["waiting"] < three["waiting"]
+    for row in (plus, three):
+        assert row["why"]
+        assert row["waiting"] == pytest.approx(row["waiting_in_closed_form"], rel=0.25)
+    assert abs(scaling["residual"]) <= 0.10

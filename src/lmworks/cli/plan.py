@@ -39,6 +39,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option(help="Devices. Default: those of one node.", min=1)] = None,
     objective: Annotated[Objective, typer.Option(help="What the best plan has least of.")] = Objective.time,
     region: Annotated[str | None, typer.Option(help="Where it stands, for price and CO2.")] = None,
+    own: Annotated[bool, typer.Option("--own", help="Cost the recipe's own layout; search none.")] = False,
     show: Annotated[int, typer.Option(help="Plans to show.", min=1)] = SHOWN,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe into this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the best plan into this PNG.")] = None,
@@ -68,7 +69,7 @@ def plan(
 
     if score is not None:
         given = {"RECIPE": recipe, "--gpus": gpus, "--region": region, "--write": write, "--picture": picture}
-        changed = {"--objective": objective is not Objective.time, "--show": show != SHOWN}
+        changed = {"--objective": objective is not Objective.time, "--own": own, "--show": show != SHOWN}
         _must_be_alone({**given, **changed, "--set": set_, "--uncorrected": uncorrected})
         _score(score, clusters.load(cluster), as_json=as_json)
         return
@@ -84,6 +85,7 @@ def plan(
         objective=objective.value,
         region=region,
         show=show,
+        own=own,
     )
     search.refuse_nothing(found)
     told = report.as_json(found, machines) | {"correction": learnt.as_json()}

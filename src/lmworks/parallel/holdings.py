@@ -50,28 +50,57 @@ def holdings(shape: Shape, layout: Layout, rank: int, *, sequence: int, value: i
 
     parts = held("weights")
     trained = {name: part for name, part in held("optimizer").items() if not name.endswith("expert_bias")}
-    weights, stepped = (WEIGHT * _values(found.values()) for found in (parts, trained))
-    gradients, state = stepped, optimizer.state_bytes(trained)
+    counts = Counts(
+        held=_values(parts.values()),
+        trained=_values(parts[name] for name in trained),
+        in_blocks=_values(part for name, part in parts.items() if name.startswith("blocks.")),
+        stepped=_values(trained.values()),
+        summed=summed(shape, layout, rank, sequence=sequence) if layout.masters else 0,
+        state=optimizer.state_bytes(trained),
+    )
+    return of_counts(layout, counts, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Values of one rank's parts, by what is done with them."""
+
+    held: int
+    """Of weights, experts' biases among them."""
+    trained: int
+    """Those that are trained."""
+    in_blocks: int
+    """Those that stand in blocks."""
+    stepped: int
+    """That its optimizer steps."""
+    summed: int
+    """Of the sums of gradients beside masters, with the rows that fill chunks up; else 0."""
+    state: int
+    """Bytes of the optimizer's state."""
+
+
+def of_counts(layout: Layout, counts: Counts, *, value: int) -> Holdings:
+    """Bytes of so many values under a settled layout. `value`: bytes of one as it is computed with."""
+    stepped = WEIGHT * counts.stepped
+    weights, gradients, state = WEIGHT * counts.held, stepped, counts.state
     if layout.masters:
-        gradients = WEIGHT * summed(shape, layout, rank, sequence=sequence)
-        gradients += stepped if layout.size("optimizer") > 1 else 0
+        gradients = WEIGHT * counts.summed + (stepped if layout.size("optimizer") > 1 else 0)
         state += stepped
     if layout.narrow_weights:
-        weights -= (WEIGHT - value) * _values(parts[name] for name in trained)
+        weights -= (WEIGHT - value) * counts.trained
     copy, missed = 0, 0
     if layout.state is not None:
-        copy = _copy(layout, layout.state, parts, value)
-        missed = _missed(layout, layout.state, _values(parts[name] for name in trained))
+        copy = _copy(layout, layout.state, counts.in_blocks, value)
+        missed = _missed(layout, layout.state, counts.trained)
     return Holdings(weights=weights, gradients=gradients, optimizer=state, copy=copy, missed=missed)
 
 
-def _copy(layout: Layout, state: StatePlacement, parts: Mapping[str, Sequence[int]], value: int) -> int:
+def _copy(layout: Layout, state: StatePlacement, in_blocks: int, value: int) -> int:
     """Bytes of this rank's part of a second copy, plain or in codes."""
     if state.secondary is None:
         return 0
-    of_blocks = _values(part for name, part in parts.items() if name.startswith("blocks."))
     kept = value if state.secondary_as == "plain" else _coded(state)
-    return int(kept * of_blocks * layout.size("weights") // state.secondary)
+    return int(kept * in_blocks * layout.size("weights") // state.secondary)
 
 
 def _missed(layout: Layout, state: StatePlacement, values: int) -> int:

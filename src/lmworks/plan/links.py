@@ -58,6 +58,20 @@ def ring(cluster: Cluster, ranks: int, stride: int) -> Ring:
     return Ring(ranks, rate, latency * math.log2(max(2, ranks)))
 
 
+def spread(cluster: Cluster, ranks: int, stride: int) -> Ring:
+    """Ranks `stride` apart of which each sends as much to every other: what goes over a level is its own alone."""
+    rate, latency, met = math.inf, 0.0, 1
+    for level in cluster.links:
+        here = min(ranks, max(1, (level.ranks or ranks * stride) // stride))
+        if here > met:
+            rate = min(rate, level.bytes_per_second.value * (ranks - 1) / (here - met))
+            latency = level.latency_seconds.value
+        met = max(met, here)
+        if met == ranks:
+            break
+    return Ring(ranks, rate, latency * math.log2(max(2, ranks)))
+
+
 def stride(layout: Layout, axis: str) -> int:
     """How far apart neighbours of an axis stand."""
     return math.prod(layout.size(other) for other in BELOW[axis])

@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -82,8 +83,13 @@ class Calls:
 
     def pairs(self) -> list[list[int]]:
         """[asking][asked]: pairs of a query of one rank and a key of one that it sees, in a causal row."""
-        by_rank = [places(self.order, self.sequence, self.ranks, rank).numpy() for rank in range(self.ranks)]
-        return [[int(np.searchsorted(keys, own, side="right").sum()) for keys in by_rank] for own in by_rank]
+        return _pairs(self.order, self.sequence, self.ranks)
+
+
+@lru_cache(maxsize=64)
+def _pairs(order: Literal["zigzag", "contiguous", "striped"], sequence: int, ranks: int) -> list[list[int]]:
+    by_rank = [places(order, sequence, ranks, rank).numpy() for rank in range(ranks)]
+    return [[int(np.searchsorted(keys, own, side="right").sum()) for keys in by_rank] for own in by_rank]
 
 
 @dataclass(frozen=True)

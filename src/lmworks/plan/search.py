@@ -1,10 +1,13 @@
 """Layouts of a recipe on so many devices: all that are legal, those that fit, the best of them.
 
-Enumerated are tp (within a node), pp, cp, how the rest is divided into dp_shard and dp_replicate, rows of a
-micro-batch, 1F1B (GPipe where there are fewer micro-batches than ranks) and its interleaved form, and policies for
-saved tensors. Expert parallelism stays as the recipe has it. A layout that needs more than `ROOM` of a device's memory
-is refused, with its bytes by class; the rest is ranked in closed form, and the best `SIMULATED` by the simulator. The
-same question has the same answer: ties go to the layout with fewer kinds of parallelism, then to the first enumerated.
+Enumerated are tp (within a node), pp, cp and its engines, how the rest is divided into dp_shard and dp_replicate, or
+which placement of states its ranks take (ZeRO-1 and 2, MiCS, hpZ, and degrees for the levels of the cluster's links),
+rows of a micro-batch, 1F1B (GPipe where there are fewer micro-batches than ranks) and its interleaved form, and
+policies for saved tensors. Expert parallelism stays as the recipe has it, and nothing travels as codes, which changes
+what is computed; the recipe's own layout, codes among it, is costed with `own`. A layout that needs more than `ROOM`
+of a device's memory is refused, with its bytes by class; the rest is ranked in closed form, and the best `SIMULATED` by
+the simulator. The same question has the same answer: ties go to the layout with fewer kinds of parallelism, then to the
+first enumerated.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, final
+from typing import Any, final, get_args
 
-from lmworks.core.errors import RecipeError, UsageError
+from lmworks.core.errors import Problem, RecipeError, UsageError
 from lmworks.core.recipe import decode_part
 from lmworks.parallel.footprint import WORDS, Footprint, in_words
-from lmworks.parallel.layout import Layout, Schedule, problems_of
+from lmworks.parallel.layout import Engine, Layout, Schedule, problems_of
+from lmworks.parallel.state import DEGREES, StatePlacement
 from lmworks.plan import bill, simulate, time
 from lmworks.plan.bill import Bill, Objective
 from lmworks.plan.choice import Choice
@@ -99,9 +103,11 @@ def search(
     region: str | None = None,
     show: int = 5,
     simulated: int = SIMULATED,
+    own: bool = False,
 ) -> Answer:
-    """The best layouts. Raises UsageError for what no search can answer, RecipeError for parts that no layout can hold;
-    an answer without plans is one in which nothing fits."""
+    """The best layouts; `own`: the recipe's own one alone. Raises UsageError for what no search can answer, RecipeError
+    for parts that no layout can hold and for an own layout that is not legal; an answer without plans is one in which
+    nothing fits."""
     bill.check(cluster, objective, region)
     ground = Ground(recipe, cluster)
     work = Work(ground)
@@ -110,7 +116,8 @@ def search(
     refused: Counter[str] = Counter()
     nearest: Refused | None = None
     number = 0
-    for number, choice in enumerate(choices(ground, devices), start=1):
+    looked_at = own_choices(ground, devices) if own else choices(ground, devices)
+    for number, choice in enumerate(looked_at, start=1):
         memory = _most(ground, choice, ground.places(choice), enough=room)[1]
         if memory.total > room:
             refused[memory.largest] += 1
@@ -200,6 +207,19 @@ def choices(ground: Ground, devices: int) -> Iterator[Choice]:
                     yield Choice(layout=scheduled, rows=rows, micro_batches=own // rows, saved=saved)
 
 
+def own_choices(ground: Ground, devices: int) -> Iterator[Choice]:
+    """The recipe's own layout, micro-batch and policy. Raises RecipeError where so many ranks cannot be arranged so."""
+    recipe = ground.recipe
+    layout = recipe.layout.settle(devices, recipe)
+    own, left = divmod(recipe.batch_size, layout.size("batch"))
+    rows = min(recipe.micro_batch_size or own, own)
+    problems = problems_of(dataclasses.replace(recipe, layout=layout))
+    if left or own % rows or problems:
+        text = f"{own} rows of a rank do not make micro-batches of {rows}"
+        raise RecipeError(problems or [Problem(path="micro_batch_size", text=text)])
+    yield Choice(layout=layout, rows=rows, micro_batches=own // rows, saved=recipe.saved)
+
+
 def _axes(ground: Ground, devices: int) -> Iterator[Layout]:
     """Degrees, without a schedule."""
     recipe, depth = ground.recipe, ground.depth
@@ -213,17 +233,45 @@ def _axes(ground: Ground, devices: int) -> Iterator[Layout]:
                 fits = cp == 1 or (length % (2 * cp) == 0 and length // cp >= SHORTEST)
                 if not fits or recipe.batch_size % data:
                     continue
-                for shard in divisors(data):
-                    if (shard * cp) % experts == 0:
-                        yield Layout(
-                            pp=pp,
-                            dp_replicate=data // shard,
-                            dp_shard=shard,
-                            cp=cp,
-                            tp=tp,
-                            ep=experts,
-                            sequence_parallel=tp > 1 and length % (tp * max(1, 2 * cp if cp > 1 else 1)) == 0,
-                        )
+                among = tp > 1 and length % (tp * max(1, 2 * cp if cp > 1 else 1)) == 0
+                for engine in _engines(ground, tp, cp):
+                    plain = Layout(
+                        pp=pp, cp=cp, tp=tp, dp_shard=data, ep=experts, sequence_parallel=among, context=engine
+                    )
+                    yield from _shared(ground, plain, data, experts)
+
+
+def _engines(ground: Ground, tp: int, cp: int) -> tuple[Engine, ...]:
+    """Ways for ranks of cp to attend to each other's tokens that the model's heads allow."""
+    if cp == 1:
+        return ("all-gather",)
+    groups = math.gcd(*(block.n_kv_heads for block in ground.sizes)) // tp
+    return tuple(engine for engine in get_args(Engine) if engine != "ulysses" or groups % cp == 0)
+
+
+def _shared(ground: Ground, plain: Layout, data: int, experts: int) -> Iterator[Layout]:
+    """The layout with its states shared in every way."""
+    for shard in divisors(data):
+        if (shard * plain.cp) % experts == 0:
+            yield dataclasses.replace(plain, dp_replicate=data // shard, dp_shard=shard)
+    for state in _placements(ground, plain):
+        yield dataclasses.replace(plain, state=state)
+
+
+def _placements(ground: Ground, layout: Layout) -> list[StatePlacement]:
+    """Placements of states by name, and one degree for each level of the cluster's links, where these differ."""
+    ranks = layout.size("fsdp")
+    if ranks == 1 or layout.ep > 1:
+        return []
+    joined = [(level.ranks or 0) // layout.tp for level in ground.cluster.links[:-1]]
+    levels = tuple(size for size in dict.fromkeys(joined) if 1 < size < ranks and ranks % size == 0)
+    found = [StatePlacement(weights=1, gradients=1, levels=levels), StatePlacement(weights=1, levels=levels)]
+    for node in levels[-1:]:
+        found.append(StatePlacement(weights=node, gradients=node, optimizer=node, levels=levels))
+        found += [StatePlacement(weights=size, gradients=node, levels=levels) for size in levels]
+        if layout.pp == layout.tp == 1:
+            found.append(StatePlacement(secondary=node, levels=levels))
+    return found
 
 
 def _heads_divide(ground: Ground, tp: int) -> bool:
@@ -304,11 +352,23 @@ def described(choice: Choice) -> str:
     for axis, word in (("tp", "tp"), ("pp", "pp"), ("cp", "cp"), ("dp_shard", "shard"), ("dp_replicate", "replicate")):
         if layout.size(axis) > 1:
             words.append(f"{word} {layout.size(axis)}")
+    if layout.cp > 1:
+        words.append(layout.context)
+    if layout.state is not None:
+        words.append(placed(layout))
     if layout.ep > 1:
         words.append(f"ep {layout.ep}")
     if layout.pp > 1:
         words.append(f"{layout.schedule} x{layout.held}" if layout.held > 1 else layout.schedule)
     return ", ".join([*(words or ["one device"]), f"rows {choice.rows} x {choice.micro_batches}"])
+
+
+def placed(layout: Layout) -> str:
+    """A placement of states: how many ranks share weights, gradients and optimizer state, and a second copy."""
+    state, ranks = layout.state, layout.size("fsdp")
+    assert state is not None, "a layout with a placement of states"
+    shared = "/".join(str(state.degree(name, ranks)) for name in DEGREES)
+    return f"states {shared}" + (f", copy {state.secondary}" if state.secondary is not None else "")
 
 
 def refuse_nothing(answer: Answer) -> None:

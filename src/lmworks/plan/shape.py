@@ -25,6 +25,7 @@ from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.pipeline import held_by, split
 from lmworks.parallel.schedule import order
 from lmworks.parallel.traffic import COLUMNS, ROWS, portions
+from lmworks.plan import states
 from lmworks.plan.choice import Choice, Matrix, Stage, resharded
 from lmworks.plan.cluster import Cluster
 
@@ -80,11 +81,21 @@ class Ground:
         """For each block the first one that is like it."""
         found: dict[Any, int] = {}
         inside: dict[int, list[Any]] = {number: [] for number in range(self.depth)}
-        for name, shape in self.shapes.items():
-            if name.startswith("blocks."):
-                _, number, rest = name.split(".", 2)
-                inside[int(number)].append((rest, shape))
+        for number, names in self._by_block.items():
+            inside[number] = [(name.split(".", 2)[2], self.shapes[name]) for name in names]
         return [found.setdefault((self.sizes[i], tuple(inside[i])), i) for i in range(self.depth)]
+
+    @cached_property
+    def _by_block(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for name in self.shapes:
+            if name.startswith("blocks."):
+                found.setdefault(int(name.split(".", 2)[1]), []).append(name)
+        return found
+
+    def inside(self, number: int) -> list[str]:
+        """Names of a block's parameters."""
+        return self._by_block[number]
 
     @cached_property
     def matrices(self) -> dict[int, list[Matrix]]:
@@ -193,7 +204,7 @@ class Ground:
             optimizer=state,
             saved=self._saved(choice, micro, place),
             logits=logits,
-            workspace=workspace + self.whole(choice, place),
+            workspace=workspace + self.whole(choice, place) + states.beside(self, layout, place),
         )
 
     def whole(self, choice: Choice, place: int) -> int:
@@ -207,17 +218,9 @@ class Ground:
         layout, several = choice.layout, choice.micro_batches > 1
         if layout.size("fsdp") == 1:
             return 0
-        key: tuple[Any, ...] = (
-            "whole",
-            layout.pp,
-            layout.held,
-            layout.schedule in V_SHAPED,
-            layout.split,
-            place,
-            layout.tp,
-            layout.ep,
-        )
-        key += (several, resharded(layout))
+        key: tuple[Any, ...] = ("whole", layout.pp, layout.held, layout.schedule in V_SHAPED, layout.split, place)
+        key += (layout.tp, layout.ep)
+        key += (several, resharded(layout), layout.state, layout.state and layout.size("fsdp"))
         found: int | None = self._kept.get(key)
         return found if found is not None else self.keep(key, self._whole(layout, place, several))
 
@@ -228,16 +231,22 @@ class Ground:
         ends = sum(sums.ends[name][0] for name in {name for stage in stages for name in self.around(stage)})
         gathered = sum(sorted(blocks)[-2:]) if resharded(layout) else sum(blocks)
         narrow = min(WEIGHT, self.value) / WEIGHT
-        waiting = sum(blocks) + ends if several else (1 + narrow) * (max(blocks) + ends)
-        return round(narrow * (gathered + ends) + waiting)
+        wait = several and not states.sums_each(layout)
+        waiting = sum(blocks) + ends if wait else (1 + narrow) * (max(blocks) + ends)
+        held = layout.state is not None and layout.size("weights") == 1  # whole by themselves
+        return round((0 if held else narrow * (gathered + ends)) + waiting)
 
     def standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         """Bytes of weights, gradients and optimizer state."""
         ranks = (layout.dp_shard or 1) * layout.cp
         shape = (layout.pp, layout.held, layout.schedule in V_SHAPED, layout.split, place)
-        key = ("standing", *shape, layout.tp, ranks, layout.ep)
+        key = ("standing", *shape, layout.tp, ranks, layout.ep, layout.state)
         found: tuple[int, int, int | None] | None = self._kept.get(key)
-        return found or self.keep(key, self._standing(layout, place))
+        if found is not None:
+            return found
+        found = self._standing(layout, place) if layout.state is None else states.standing(self, layout, place)
+        self._kept[key] = found
+        return found
 
     def _standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         stages, sums = self.held(layout, place), self._sums(layout)

@@ -24,6 +24,7 @@ from lmworks.parallel.schedule import Order, next_micro_batches, order
 from lmworks.parallel.timeline import Timeline, simulate
 from lmworks.plan.choice import Choice, Stage, resharded
 from lmworks.plan.links import of_pipeline
+from lmworks.plan.states import sums_each
 from lmworks.plan.time import Passes, Seconds, boundary_bytes, passes, update
 from lmworks.plan.work import Piece, Work, keeps_products
 
@@ -79,9 +80,13 @@ def walk(work: Work, choice: Choice, stage: Stage, *, gathers: bool, reduces: bo
         runs = stage.start <= number < stage.stop and bool(choice.saved.again(number))
         backward.append(_back(piece, runs, kept, slow))
     forward = [slow * p.forward + p.tensor_forward + p.context_forward for p in pieces]
+    regather = gathers and resharded(choice.layout)
+    if not work.practice.gathers_overlap:  # then computing waits for all of each
+        forward = [taken + gathers * p.gather for taken, p in zip(forward, pieces, strict=True)]
+        backward = [taken + regather * p.gather_again for taken, p in zip(backward, pieces, strict=True)]
+        gathers = regather = False
     spans: list[Span] = []
     made = _forward(pieces, forward, spans, gathers=gathers)
-    regather = gathers and resharded(choice.layout)
     end, network = _backward(pieces, backward, spans, start=made, gathers=regather, reduces=reduces, stage=stage)
     return Walk(made, end - made, max(0.0, network - end), tuple(sorted(spans, key=lambda span: span.start)))
 
@@ -126,14 +131,14 @@ def _backward(
     """When the backward pass is made, and when the network is done."""
     coming = max([start, *(span.end for span in spans if span.lane == "away")])
     ends = ({0} if stage.first else set()) | ({len(pieces) - 1} if stage.last else set())
-    again = {i for i, piece in enumerate(pieces) if gathers and piece.gather and i not in ends}
+    again = {i for i, piece in enumerate(pieces) if gathers and piece.gather_again and i not in ends}
     now, network, gathered = start, start, dict.fromkeys(range(len(pieces)), start)
 
     def ask(i: int, when: float) -> None:
         nonlocal network
         if i in again:
             begin = max(network, when)
-            network = gathered[i] = begin + pieces[i].gather
+            network = gathered[i] = begin + pieces[i].gather_again
             spans.append(Span("network", "gather", begin, network))
 
     ask(len(pieces) - 1, start)
@@ -162,11 +167,13 @@ def of_choice(work: Work, choice: Choice, slow: Mapping[int, float] | None = Non
 def _alone(work: Work, choice: Choice, slow: float) -> Step:
     stage = work.ground.stages(choice.layout)[0]
     overlaps = work.practice.data_overlaps
-    usual = walk(work, choice, stage, gathers=True, reduces=False, slow=slow)
+    each = sums_each(choice.layout)
+    usual = walk(work, choice, stage, gathers=True, reduces=overlaps and each, slow=slow)
     last = walk(work, choice, stage, gathers=True, reduces=overlaps, slow=slow)
     mine, m = passes(work, choice, stage), choice.micro_batches
     updating = update(work, choice, 0)
-    reduce = last.tail if overlaps else mine.reduce
+    behind = last.tail if overlaps else mine.reduce
+    reduce = (m if each else 1) * behind + mine.once
     pure = usual.forward + usual.backward
     total = (m - 1) * pure + last.forward + last.backward + reduce + updating
     return Step(seconds=_shared(work, choice, 0, total, reduce, updating, slow), timeline=None, walk=last)
@@ -187,7 +194,8 @@ def _pipeline(work: Work, choice: Choice, slow: Mapping[int, float]) -> Step:
             number = stages.index(stage)
             forward[number], backward[number] = usual.forward, usual.backward
             start = max(start, once.forward + once.backward - usual.forward - usual.backward)
-            tails[place] += once.tail if overlaps else passes(work, choice, stage).reduce
+            mine = passes(work, choice, stage)
+            tails[place] += (once.tail if overlaps else mine.reduce) + mine.once
             walks.append((usual.forward + usual.backward, once))
     ends, timeline = run(work, choice, tuple(forward), tuple(backward), m)
     updates = [update(work, choice, place) for place in range(layout.pp)]

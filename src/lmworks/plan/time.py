@@ -16,6 +16,7 @@ up to f / v both are what the simulator says, to rounding.
 Stages of other ranks that are cheaper shorten the way through the pipeline, (p - 1) (f + w), to what they take.
 Exchanges over tp and cp stand in f and w. Weights are gathered one block ahead: what takes longer than the block before
 is waited for. Gradients are summed behind the last backward pass of each block; what is left at its end is waited for.
+A placement of states sums them behind every backward pass, and exchanges the rest when all are made, beside nothing.
 Saved tensors that go away have the whole forward pass to go and the whole backward pass to come.
 """
 
@@ -29,6 +30,7 @@ from typing import Any, final
 from lmworks.parallel.layout import V_SHAPED
 from lmworks.plan.choice import Choice, Stage, resharded
 from lmworks.plan.links import of_pipeline
+from lmworks.plan.states import placed, sums_each
 from lmworks.plan.work import WEIGHT, Work, keeps_products, update_seconds
 
 CLASSES = ("compute", "again", "tensor", "context", "gather", "away", "bubble", "reduce", "update")
@@ -85,7 +87,9 @@ class Passes:
     """Waited for, where weights are gathered."""
     gather_backward: float
     reduce: float
-    """Waited for behind the last backward pass."""
+    """Waited for behind the last backward pass, or with `sums_each` behind every one."""
+    once: float
+    """When all passes are made."""
 
     @property
     def both(self) -> float:
@@ -98,7 +102,7 @@ def passes(work: Work, choice: Choice, stage: Stage) -> Passes:
     layout, makeup = choice.layout, work.ground.makeup(stage, choice.saved)
     key: tuple[Any, ...] = (makeup, keeps_products(choice.saved), choice.saved.leaves(), choice.rows, layout.tp)
     key += (layout.cp, layout.dp_shard, layout.dp_replicate, layout.context, layout.order, layout.sequence_parallel)
-    key = ("passes", *key, layout.ep, resharded(layout))
+    key = ("passes", *key, layout.ep, resharded(layout), layout.state, layout.state and layout.pp > 1)
     found: Passes | None = work.ground.kept(key)
     return found or work.ground.keep(key, _passes(work, choice, makeup))
 
@@ -122,11 +126,11 @@ def _passes(work: Work, choice: Choice, makeup: tuple[Any, ...]) -> Passes:
     forward = of("forward") + tensor + context
     backward = of("backward") + again + back_tensor + back_context
     number = sum(n for *_, n in blocks)
-    inner = sum(n * p.gather for p, _, n in blocks), max(p.gather for p, *_ in blocks), number
+    inner = sum(n * p.gather_again for p, _, n in blocks), max(p.gather_again for p, *_ in blocks), number
     whole = of("gather"), max(inner[1], *(p.gather for p in ends), 0.0), number + len(ends)
     reduce = of("reduce")
     most = max(p.reduce for p in [*(p for p, *_ in blocks), *ends])
-    away = of("away")
+    away, hides = of("away"), work.practice.gathers_overlap
     return Passes(
         forward=forward,
         backward=backward,
@@ -134,9 +138,10 @@ def _passes(work: Work, choice: Choice, makeup: tuple[Any, ...]) -> Passes:
         tensor=tensor + back_tensor,
         context=context + back_context,
         away=max(0.0, away - forward) + max(0.0, away - backward),
-        gather_forward=_waited(*whole, forward),
-        gather_backward=_waited(*inner, backward) if resharded(choice.layout) else 0.0,
+        gather_forward=_waited(*whole, forward) if hides else whole[0],
+        gather_backward=(_waited(*inner, backward) if hides else inner[0]) if resharded(choice.layout) else 0.0,
         reduce=_waited(reduce, most, whole[2], backward) if work.practice.data_overlaps else reduce,
+        once=of("once"),
     )
 
 
@@ -180,7 +185,7 @@ def of_step(work: Work, choice: Choice) -> Seconds:
         found,
         bubble=pipe - m * both[dearest],
         gather=gather,
-        reduce=max(sum(p.reduce for p in rank) for rank in ranks),
+        reduce=max(sum(p.reduce + p.once for p in rank) for rank in ranks),
         update=update(work, choice, dearest),
     )
 
@@ -190,9 +195,8 @@ def _alone(work: Work, choice: Choice) -> Seconds:
     m = choice.micro_batches
     found = _work_of(mine, m)
     gather = sum(p.gather_forward + p.gather_backward for p in mine)
-    return dataclasses.replace(
-        found, gather=m * gather, reduce=sum(p.reduce for p in mine), update=update(work, choice, 0)
-    )
+    reduce = (m if sums_each(choice.layout) else 1) * sum(p.reduce for p in mine) + sum(p.once for p in mine)
+    return dataclasses.replace(found, gather=m * gather, reduce=reduce, update=update(work, choice, 0))
 
 
 def _work_of(mine: Sequence[Passes], micro_batches: int) -> Seconds:
@@ -212,12 +216,18 @@ def _work_of(mine: Sequence[Passes], micro_batches: int) -> Seconds:
 def update(work: Work, choice: Choice, place: int) -> float:
     """Seconds of the optimizer's step at a place of the pipeline."""
     weights, _, state = work.ground.standing(choice.layout, place)
-    return update_seconds(weights / WEIGHT, state or 0, work.cluster)
+    values = weights / WEIGHT
+    if choice.layout.state is not None:
+        values = placed(work.ground, choice.layout, place).stepped
+        state = (state or 0) - (WEIGHT * values if choice.layout.masters else 0)  # masters are weights that it steps
+    return update_seconds(values, state or 0, work.cluster)
 
 
 def boundary_bytes(work: Work, choice: Choice) -> float:
-    """What a rank sends to the next stage for each micro-batch."""
+    """What a rank sends to the next stage for each micro-batch, as far as anybody waits for it."""
     layout, ground = choice.layout, work.ground
+    if work.practice.sends_overlap:
+        return 0.0
     divided = layout.tp if layout.sequence_parallel or work.practice.divided_sends else 1
     values: int = choice.rows * (ground.sequence // layout.cp) * ground.shape.hidden_size
     return values * ground.value / divided

@@ -5,9 +5,10 @@
               read twice and written. The backward pass takes both twice; attention that keeps no scores takes its
               products two and a half times
     tensor    exchanges over tp; nothing else runs meanwhile
-    context   exchanges over cp; the rings hide behind attention, the collectives do not
+    context   exchanges over cp that attention does not hide, round by round (`rounds.py`)
     gather    weights before a block, over fsdp
     reduce    gradients behind it, over fsdp, then over dp_replicate
+    once      with a placement of states: what its ranks exchange when all passes are made (`states.py`)
     away      saved tensors that go to a disk or to the host, and come back
 
 `bytes_` fields are what a rank sends, as `parallel.traffic` has it.
@@ -15,6 +16,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, final
@@ -22,12 +24,14 @@ from typing import Any, final
 from lmworks.core.errors import UsageError
 from lmworks.model.sizes import mean_keys
 from lmworks.parallel.layout import Layout
-from lmworks.parallel.traffic import COLUMNS, ROWS, of_context
-from lmworks.plan.choice import Choice, Matrix, Stage
+from lmworks.plan import rounds, states
+from lmworks.plan.choice import Choice, Matrix, Stage, resharded
 from lmworks.plan.cluster import Cluster, Dtype
 from lmworks.plan.links import Ring, of_axis
 from lmworks.plan.shape import Ground
 
+ROUNDS = 32
+"""Ranks of cp whose rounds are run one by one; with more they are told in closed form."""
 LOGITS = 4
 """Bytes of a logit in the loss."""
 WEIGHT = 4
@@ -47,11 +51,17 @@ class Practice:
     """Attention writes its scores to memory, as before fused kernels."""
     data_overlaps: bool = True
     """Gradients are summed while the last backward pass still runs."""
+    gathers_overlap: bool = True
+    """Weights are gathered while the block before computes."""
     tensor_overlaps: bool = False
     """Exchanges over tp go in pieces beside the products that make or take them (AsyncTP): waited for is what the
     products do not hide, and one of tp pieces."""
     gradient_bytes: int = 4
     """What a value of a gradient takes when ranks sum it."""
+    shared_exchanges: bool = False
+    """Attention and FFN of a parallel block share their exchanges over tp."""
+    sends_overlap: bool = False
+    """What stages send each other goes beside computing, and nobody waits for it."""
     divided_sends: bool = False
     """Ranks of tp send a part each between stages, and gather it behind (scatter and gather)."""
 
@@ -78,8 +88,12 @@ class Piece:
     """One way."""
     gather: float = 0.0
     """Each time that weights are gathered."""
+    gather_again: float = 0.0
+    """The same for the backward pass, of a block that has given them back."""
     reduce: float = 0.0
-    """Once a step."""
+    """Once a step; with a placement of states and no pipeline, with every micro-batch."""
+    once: float = 0.0
+    """When all passes are made."""
     bytes_gather: float = 0.0
     bytes_reduce: float = 0.0
     bytes_replicate: float = 0.0
@@ -96,6 +110,7 @@ class Work:
         fp8 = ground.precision.startswith("float8")
         products: Dtype = "fp8" if fp8 else "fp32" if ground.precision == "fp32" else "bf16"
         self.peak = self.cluster.flops(products)
+        self.parallel_blocks = bool(getattr(ground.shape, "parallel_block", False))
         self.plain_peak = self.cluster.flops("fp32" if ground.precision == "fp32" else "bf16")
 
     def block(self, choice: Choice, kind: int) -> Piece:
@@ -103,6 +118,7 @@ class Work:
         layout = choice.layout
         key: tuple[Any, ...] = ("piece", kind, choice.rows, layout.tp, layout.cp, layout.context, layout.order)
         key += (layout.sequence_parallel, layout.dp_shard, layout.dp_replicate, layout.ep, choice.saved.leaves())
+        key += (layout.state, layout.state and (layout.pp > 1, resharded(layout)))
         found: Piece | None = self.ground.kept(key)
         return found or self.ground.keep(key, self._block(choice, kind))
 
@@ -112,17 +128,18 @@ class Work:
         products = sum(self._product(matrix, tokens, layout.tp) for matrix in ground.matrices[kind])
         attention = self._attention(layout, kind, tokens)
         moved = self._moved(choice, kind, tokens) + self._cast(kind, tokens, layout.tp)
-        forth, back = self._context(layout, kind, tokens, attention)
+        forth, back = self._context(choice, kind, attention)
         again = 3 if layout.sequence_parallel else 2
+        shared = 0.5 if self.practice.shared_exchanges and self.parallel_blocks else 1.0
         gathers = self._data(choice, f"blocks.{kind}.")
         return Piece(
             forward=products + attention + moved,
             backward=2 * products + (2.0 if self.practice.scores_in_memory else 2.5) * attention + 2 * moved,
             again=products + attention + moved,
             again_moved=moved,
-            tensor_forward=self._beside(layout, self._tensor(layout, tokens, 4, 2), products),
-            tensor_backward=self._beside(layout, self._tensor(layout, tokens, 4, 2), 2 * products),
-            tensor_again=self._beside(layout, self._tensor(layout, tokens, again, again / 2), products),
+            tensor_forward=self._beside(layout, shared * self._tensor(layout, tokens, 4, 2), products),
+            tensor_backward=self._beside(layout, shared * self._tensor(layout, tokens, 4, 2), 2 * products),
+            tensor_again=self._beside(layout, shared * self._tensor(layout, tokens, again, again / 2), products),
             context_forward=forth,
             context_backward=back,
             away=self._away(choice, kind),
@@ -206,24 +223,39 @@ class Work:
         """What of an exchange over tp is waited for."""
         return max(taken - products, taken / layout.tp) if self.practice.tensor_overlaps else taken
 
-    def _context(self, layout: Layout, kind: int, tokens: int, attention: float) -> tuple[float, float]:
+    def _context(self, choice: Choice, kind: int, attention: float) -> tuple[float, float]:
+        """What a block waits for over cp beside attention, forward and backward: its rounds on the clock."""
+        layout, size = choice.layout, self.ground.sizes[kind]
         if layout.cp == 1:
             return 0.0, 0.0
-        size = self.ground.sizes[kind]
-        ways = of_context(
-            layout,
-            size.n_heads // layout.tp,
-            size.n_kv_heads // layout.tp,
-            size.head_dim,
+        calls = rounds.Calls(
+            engine=layout.context,
+            order=layout.order,
+            ranks=layout.cp,
+            rows=choice.rows,
+            sequence=self.ground.sequence,
+            heads=size.n_heads // layout.tp,
+            groups=size.n_kv_heads // layout.tp,
+            head_dim=size.head_dim,
             value_bytes=self.ground.value,
+            rate=1.0,
         )
-        ring, rings = self.ring(layout, "cp"), layout.context in ("ring", "tokenring")
+        if layout.cp > ROUNDS:
+            return self._beside_attention(calls, layout, attention)
+        busiest = calls.seconds(max(sum(row) for row in calls.pairs()), rounds.FORWARD)
+        calls = dataclasses.replace(calls, rate=busiest / attention)  # so that the busiest rank takes as long as here
+        links = self.ring(layout, "cp")
+        rate, hop = links.bytes_per_second, links.latency_seconds / math.log2(layout.cp)
+        carried = rounds.Links(line=rate, port=rate, latency=hop)
+        return rounds.forward(calls, carried).exposed, rounds.backward(calls, carried).exposed
+
+    def _beside_attention(self, calls: rounds.Calls, layout: Layout, attention: float) -> tuple[float, float]:
+        """The same where rounds are very many: a ring's hide behind attention, but for one; no other's do."""
+        ring, circle = self.ring(layout, "cp"), layout.context in ("ring", "tokenring")
         found = []
-        for way, behind in ((ways.forward, attention), (ways.backward, 2.5 * attention)):
-            # a ring's two ways are links of their own; its steps hide behind attention, but for the first
-            sent = tokens * (max(way) if rings else sum(way))
-            taken = ring.seconds(sent, layout.cp - 1 if rings else 2)
-            found.append(max(taken - behind, taken / layout.cp) if rings else taken)
+        for way, behind in ((calls.ways.forward, attention), (calls.ways.backward, 2.5 * attention)):
+            taken = ring.seconds(calls.tokens * (layout.cp - 1) * sum(way), layout.cp - 1 if circle else 2)
+            found.append(max(taken - behind, taken / layout.cp) if circle else taken)
         return found[0], found[1]
 
     def _away(self, choice: Choice, kind: int) -> float:
@@ -239,9 +271,27 @@ class Work:
     def _data(self, choice: Choice, *prefixes: str) -> dict[str, float]:
         """Gathers and sums of gradients of the parameters with these names, on the first rank."""
         layout = choice.layout
-        key = ("data", prefixes, layout.tp, layout.cp, layout.dp_shard, layout.dp_replicate, layout.ep)
+        key: tuple[Any, ...] = ("data", prefixes, layout.tp, layout.cp, layout.dp_shard, layout.dp_replicate, layout.ep)
+        key += (layout.state, layout.state and (layout.pp > 1, resharded(layout)))
         found: dict[str, float] | None = self.ground.kept(key)
-        return found or self.ground.keep(key, self._exchanged(layout, prefixes))
+        if found is not None:
+            return found
+        found = self._exchanged(layout, prefixes) if layout.state is None else self._placed(layout, prefixes)
+        self.ground.keep(key, found)
+        return found
+
+    def _placed(self, layout: Layout, prefixes: tuple[str, ...]) -> dict[str, float]:
+        """The same of a placement of states."""
+        taken = dict.fromkeys(("gather", "again", "sum", "once"), 0.0)
+        size = self.practice.gradient_bytes
+        for each in states.exchanges(self.ground.named(prefixes), layout, value=self.ground.value, summed=size):
+            taken[each.moment] += states.seconds(self.cluster, layout, each)
+        return {
+            "gather": taken["gather"],
+            "gather_again": taken["again"],
+            "reduce": taken["sum"],
+            "once": taken["once"],
+        }
 
     def _exchanged(self, layout: Layout, prefixes: tuple[str, ...]) -> dict[str, float]:
         n, copies, edp = layout.size("fsdp"), layout.dp_replicate, layout.size("edp")
@@ -250,7 +300,8 @@ class Work:
             if ".ffn.experts." in name and layout.ep > 1:
                 experts += math.prod(shape) / layout.ep
             else:
-                padded += self._padded(name, shape, layout.tp, n)
+                rows, *rest = states.on_first(name, shape, layout.tp)
+                padded += -(-rows // n) * n * math.prod(rest)  # rows filled up to a multiple of n
         f = (n - 1) / n
         gathered = f * min(WEIGHT, self.ground.value) * padded
         size = self.practice.gradient_bytes
@@ -260,21 +311,12 @@ class Work:
         of_experts = 2 * (edp - 1) / edp * size * experts
         return {
             "gather": fsdp.seconds(gathered),
+            "gather_again": fsdp.seconds(gathered),
             "reduce": fsdp.seconds(summed + of_experts) + replicate.seconds(copied),
             "bytes_gather": gathered,
             "bytes_reduce": summed,
             "bytes_replicate": copied,
         }
-
-    def _padded(self, name: str, shape: tuple[int, ...], tp: int, n: int) -> int:
-        """Values of a parameter on a rank of tp, rows filled up to a multiple of n."""
-        leaf = name.rpartition(".")[0].rpartition(".")[2]
-        rows, *rest = shape
-        if leaf in (*COLUMNS, "embed", "head"):
-            rows = -(-rows // tp)
-        elif leaf in ROWS and len(shape) == 2:
-            rest[0] = -(-rest[0] // tp)
-        return -(-rows // n) * n * math.prod(rest)
 
     def ring(self, layout: Layout, axis: str) -> Ring:
         """Of an axis."""
