@@ -70,14 +70,12 @@ def plan(
     if score is not None:
         given = {"RECIPE": recipe, "--gpus": gpus, "--region": region, "--write": write, "--picture": picture}
         changed = {"--objective": objective is not Objective.time, "--own": own, "--show": show != SHOWN}
-        _must_be_alone({**given, **changed, "--set": set_, "--uncorrected": uncorrected})
+        _must_be_alone(given | changed | {"--set": set_, "--uncorrected": uncorrected})
         _score(score, clusters.load(cluster), as_json=as_json)
         return
     decoded, machines = recipes.load(_named(recipe), verb="train", sets=set_ or []), clusters.load(cluster)
-    learnt = residuals.Correction()
-    if not uncorrected:
-        learnt = residuals.correction(machines, precision_on(decoded, machines))
-        machines = machines.slowed(learnt.factor)
+    learnt = residuals.Correction() if uncorrected else residuals.correction(machines, precision_on(decoded, machines))
+    machines = machines.slowed(learnt.factor)
     found = search.search(
         decoded,
         machines,
