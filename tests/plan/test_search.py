@@ -92,6 +92,8 @@ def test_the_recipes_own_layout_is_costed_as_it_is() -> None:
     assert plan.choice.layout == settings.layout.settle(16, settings)
     assert (plan.choice.rows, plan.choice.micro_batches) == (2, 1)
     assert described(plan.choice).startswith("shard 16, states 2/8/16")
+    with pytest.raises(RecipeError, match="Legal: 1, 2, 4"):
+        search(dataclasses.replace(settings, micro_batch_size=3, batch_size=128), DGX, devices=32, own=True)
     with pytest.raises(RecipeError, match="take 33"):
         search(settings, DGX, devices=11, own=True)
 

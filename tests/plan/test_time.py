@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
@@ -12,10 +14,11 @@ from lmworks.parallel.timeline import Link, simulate
 from lmworks.plan import time
 from lmworks.plan.choice import Choice
 from lmworks.plan.cluster import Cluster
+from lmworks.plan.rounds import FORWARD, Calls, Links, backward, forward
 from lmworks.plan.shape import Ground
 from lmworks.plan.time import CLASSES, Seconds, pipe_seconds
 from lmworks.plan.work import Work
-from tests.plan.conftest import recipe
+from tests.plan.conftest import level, recipe
 
 
 def simulated(p: int, m: int, v: int, hop: float, schedule: str) -> float:
@@ -113,3 +116,20 @@ def test_gathers_hide_behind_large_micro_batches(laptop: Cluster) -> None:
     small = of(laptop, Layout(dp_shard=2), rows=1, batch_size=2)
     large = of(laptop, Layout(dp_shard=2), rows=64, batch_size=128)
     assert large.gather / large.total < small.gather / small.total
+
+
+@pytest.mark.parametrize("engine", ["all-gather", "ring", "tokenring", "ulysses"])
+def test_what_is_waited_for_over_cp_is_what_the_rounds_leave(engine: Any, laptop: Cluster) -> None:
+    """Four ranks of one row; slow links, so that no engine hides all. Computing is the block's own attention."""
+    slow = dataclasses.replace(laptop, links=(level("wire", None, 1e6, latency=1e-4),))
+    settings, layout = recipe(batch_size=2), Layout(dp_shard=1, cp=4, context=engine)
+    work = Work(Ground(settings, slow))
+    piece = work.block(Choice(layout=layout, rows=2, micro_batches=1, saved=settings.saved), 0)
+    attention = 4 * 8 * 8 * (129 / 2) * 2 * 128 / 4 / (work.plain_peak * work.efficiency.share(8))
+    shape = {"ranks": 4, "rows": 2, "sequence": 128, "heads": 8, "groups": 4, "head_dim": 8}
+    pairs = 128 * 129 / 2 / 4
+    calls = Calls(engine=engine, rate=pairs * 2 * 8 * 8 * FORWARD / attention, **shape)
+    links = Links(line=1e6, port=1e6, latency=1e-4)
+    assert piece.context_forward == pytest.approx(forward(calls, links).exposed, rel=1e-9)
+    assert piece.context_backward == pytest.approx(backward(calls, links).exposed, rel=1e-9)
+    assert piece.context_forward > 0

@@ -215,7 +215,8 @@ def own_choices(ground: Ground, devices: int) -> Iterator[Choice]:
     rows = min(recipe.micro_batch_size or own, own)
     problems = problems_of(dataclasses.replace(recipe, layout=layout))
     if left or own % rows or problems:
-        text = f"{own} rows of a rank do not make micro-batches of {rows}"
+        legal = ", ".join(map(str, divisors(max(1, own))))
+        text = f"{own} rows of a rank do not make micro-batches of {rows}. Legal: {legal}"
         raise RecipeError(problems or [Problem(path="micro_batch_size", text=text)])
     yield Choice(layout=layout, rows=rows, micro_batches=own // rows, saved=recipe.saved)
 
