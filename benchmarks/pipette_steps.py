@@ -139,6 +139,7 @@ def main() -> None:
     """Measure, tell, run, compare; write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="of a run")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of a micro-batch")
     parser.add_argument("--no-evidence", action="store_true")
     options = parser.parse_args()
     head, load = evidence_file.head("pipette_steps"), os.getloadavg()[0]
@@ -146,13 +147,13 @@ def main() -> None:
         folder = Path(name)
         run(["probe", "--local", "2", "--ranks-per-machine", "1", "--megabytes", "4", "--out", str(folder / "links")])
         links = read(folder / "links")
-        fitted = {micro: alone(folder, micro, options.steps) for micro in ROWS}
+        fitted = {micro: alone(folder, micro, options.steps) for micro in options.rows}
         rows = [
             {"p": p, "b": micro}
             | told(micro, p, *fitted[micro], links)
             | {"measured": step_seconds(folder, BATCH, micro, options.steps, LAYOUTS[p])}
             for p in LAYOUTS
-            for micro in ROWS
+            for micro in options.rows
         ]
     print(f"{'p':>3}{'b':>3}{'measured s':>12}{'clock s':>10}{'closed s':>10}")
     for row in rows:

@@ -62,7 +62,7 @@ def test_the_study_prints_every_planner() -> None:
 
 @pytest.mark.slow
 def test_steps_are_told_and_run() -> None:
-    words = ["--steps", "4", "--no-evidence"]
+    words = ["--steps", "4", "--rows", "4", "--no-evidence"]
     done = subprocess.run(
         [sys.executable, str(FOLDER / "pipette_steps.py"), *words], capture_output=True, text=True, check=False
     )
