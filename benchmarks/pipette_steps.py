@@ -92,6 +92,8 @@ def step_seconds(folder: Path, batch: int, micro: int, steps: int, layout: Layou
 def alone(folder: Path, micro: int, steps: int) -> tuple[float, float]:
     """t(b) and u of one rank."""
     small, large = (step_seconds(folder, batch, micro, steps) for batch in (BATCH // 2, BATCH))
+    if large <= small:
+        raise SystemExit("a step of twice the rows took no longer: others are at work here. Take a quiet machine")
     each = (large - small) / (BATCH // 2 // micro)
     return each, max(0.0, small - each * (BATCH // 2 // micro))
 

@@ -58,13 +58,3 @@ def test_the_study_prints_every_planner() -> None:
     assert done.returncode == 0, done.stderr
     for planner in ("amp", "varuna", "megatron", "pipette + simulator"):
         assert planner in done.stdout
-
-
-@pytest.mark.slow
-def test_steps_are_told_and_run() -> None:
-    words = ["--steps", "4", "--rows", "4", "--no-evidence"]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "pipette_steps.py"), *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "clock: mean error" in done.stdout
