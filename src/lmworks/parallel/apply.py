@@ -30,8 +30,7 @@ from lmworks.model import moe
 from lmworks.model.backbone import Backbone
 from lmworks.model.head import accumulate_dtype
 from lmworks.model.pieces import Box, Pieces, whole_box
-from lmworks.parallel import experts, tensor
-from lmworks.parallel.context import Context
+from lmworks.parallel import context, experts, tensor
 from lmworks.parallel.fsdp import shard
 from lmworks.parallel.ladder import Ladder
 from lmworks.parallel.parameters import Chunks, Masters
@@ -74,7 +73,7 @@ class Placement:
         self.model: Backbone = stepped  # type: ignore[assignment]  # asked for its parameters only, where it is no Backbone
         self._boxes = {name: box for chunk in self.chunks for name, box in boxes(chunk, self.cuts, wire).items()}
         self.boxes = self._boxes if self.ladder is None else self.ladder.boxes(self._boxes)
-        self.context = Context(wire) if wire.size("cp") > 1 else None
+        self.context = context.Context(wire) if wire.size("cp") > 1 else None
         self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
         self.replicas = self._alike()
         self._remarked = False
@@ -378,7 +377,7 @@ def place(
         divide(chunk, own)
         tensor.connect(chunk, own, wire, tokens_divided=layout.sequence_parallel)
         experts.connect(chunk, wire)
-        _reach(chunk, wire)
+        context.connect(chunk, wire)
         arrange(chunk)
         chunks.append(chunk)
     if len(chunks) > 1 and config.tied and held[0] == 0 and held[-1] == layout.stages - 1:
@@ -390,15 +389,6 @@ def place(
     for chunk in chunks:
         chunk.to_empty(device=device)
     return Placement(chunks, cuts, wire, device, param_dtype, fed_back)
-
-
-def _reach(chunk: Backbone, wire: Wire) -> None:
-    """Who attends to whom where some keys, or some of the work, are on other ranks."""
-    layout = wire.layout
-    if layout.servers is not None and layout.size("attention") > 1:
-        chunk.reach, chunk.in_turns = Pool(wire, chunk.config.blocks()[0]), layout.servers.ping_pong is not False
-    elif layout.cp > 1:
-        chunk.reach = Context(wire)
 
 
 def whole(model: Backbone) -> Placement:

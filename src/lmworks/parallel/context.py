@@ -23,7 +23,9 @@ from torch import Tensor
 from lmworks.core.errors import UsageError
 from lmworks.data.load import Batch
 from lmworks.model.attention import Reach, attend, reach
+from lmworks.model.backbone import Backbone
 from lmworks.parallel import crossing
+from lmworks.parallel.pool import Pool
 from lmworks.parallel.ring import ring, tokenring
 from lmworks.parallel.sight import Sight, places
 from lmworks.parallel.wire import Wire
@@ -84,6 +86,15 @@ class Context:
         if engine == "all-gather":
             return Reach(by=partial(_over_gathered, self.wire, sight.row(self.wire.place("cp"))))
         return Reach(by=partial(ring if engine == "ring" else tokenring, self.wire, sight))
+
+
+def connect(model: Backbone, wire: Wire) -> None:
+    """Let a model ask for keys, or for work, of other ranks where a layout divides them."""
+    layout = wire.layout
+    if layout.servers is not None and layout.size("attention") > 1:
+        model.reach, model.in_turns = Pool(wire, model.config.blocks()[0]), layout.servers.ping_pong is not False
+    elif layout.cp > 1:
+        model.reach = Context(wire)
 
 
 def _over_gathered(wire: Wire, mask: Tensor, q_BTNh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor) -> Tensor:
