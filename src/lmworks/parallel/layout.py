@@ -27,6 +27,7 @@ from typing import Any, Literal, final
 
 from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.core.recipe import PositiveInt
+from lmworks.maths.whole import legal_divisors
 from lmworks.parallel import state as states
 from lmworks.parallel.servers import Servers
 from lmworks.parallel.state import STATE_AXES, StatePlacement
@@ -306,12 +307,14 @@ def _model(layout: Layout, recipe: Any) -> Iterator[Problem]:
     groups = math.gcd(*(block.n_kv_heads for block in blocks))
     if groups % layout.tp:
         text = f"{layout.tp} does not divide the key/value heads of every block"
-        yield Problem(path="tp", text=f"{text}. Legal: {_divisors(groups)}")
+        yield Problem(path="tp", text=f"{text}. Legal: {legal_divisors(groups)}")
     elif layout.context == "ulysses" and groups // layout.tp % layout.cp:
         text = (
             f"ulysses gives each of {layout.cp} ranks of cp some of the {groups // layout.tp} key/value heads of a rank"
         )
-        yield Problem(path="context", text=f"{text}. Legal: cp = {_divisors(groups // layout.tp)}, or another context")
+        yield Problem(
+            path="context", text=f"{text}. Legal: cp = {legal_divisors(groups // layout.tp)}, or another context"
+        )
     yield from _experts(layout, max(block.experts or 0 for block in blocks))
     vocabulary = recipe.model.vocab_size
     if vocabulary is not None and vocabulary < layout.tp:
@@ -323,12 +326,14 @@ def _experts(layout: Layout, experts: int) -> Iterator[Problem]:
     if layout.ep > 1 and not experts:
         yield Problem(path="ep", text="has no effect: the model has no experts (model.experts)")
     elif experts % layout.ep:
-        yield Problem(path="ep", text=f"{layout.ep} does not divide {experts} experts. Legal: {_divisors(experts)}")
+        yield Problem(
+            path="ep", text=f"{layout.ep} does not divide {experts} experts. Legal: {legal_divisors(experts)}"
+        )
     if experts and layout.tp > 1:
         yield Problem(path="tp", text="does not divide experts yet: take ep, with tp = 1")
     if layout.settled and layout.size("fsdp") % layout.ep:
         text = f"{layout.ep} does not divide dp_shard x cp = {layout.size('fsdp')}, whose ranks it takes"
-        yield Problem(path="ep", text=f"{text}. Legal: {_divisors(layout.size('fsdp'))}")
+        yield Problem(path="ep", text=f"{text}. Legal: {legal_divisors(layout.size('fsdp'))}")
 
 
 def _batch(layout: Layout, recipe: Any) -> Iterator[Problem]:
@@ -352,7 +357,7 @@ def _batch(layout: Layout, recipe: Any) -> Iterator[Problem]:
     own, micro = rows // readers, recipe.micro_batch_size or rows // readers
     if layout.pp > 1 and own % micro:
         text = f"a pipeline's micro-batches are of one size, but {own} rows do not make micro-batches of {micro}"
-        yield Problem(path="pp", text=f"{text}. Legal: micro_batch_size = {_divisors(own)}")
+        yield Problem(path="pp", text=f"{text}. Legal: micro_batch_size = {legal_divisors(own)}")
     elif layout.pp > 1:
         yield from _schedule(layout, own // micro)
 
@@ -383,10 +388,6 @@ def _parts(layout: Layout, recipe: Any) -> Iterator[Problem]:
     if recipe.model.tied and layout.pp > 1 and layout.schedule in V_SHAPED and layout.size("fsdp") > 1:
         text = f"{layout.schedule} puts both ends of a tied model on one rank, which FSDP cannot divide. Take 1f1b"
         yield Problem(path="schedule", text=f"{text}, or model.tied = false")
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -29,6 +29,7 @@ from typing import Any, Literal, final
 
 from lmworks.core.errors import Problem
 from lmworks.core.recipe import Fraction, PositiveInt
+from lmworks.maths.whole import divisors, legal_divisors
 
 STATE_AXES = ("weights", "gradients", "optimizer", "copies", "secondary")
 """Axes that a placement of states adds to those of a layout."""
@@ -190,7 +191,7 @@ def _nested(state: StatePlacement, ranks: int | None) -> Iterator[Problem]:
         given = [(name, state.degree(name, ranks)) for name in DEGREES] + [("dp_shard x cp", ranks)]
     for (fine, below), (coarse, above) in pairwise(given):
         if above % below:
-            legal = ", ".join(str(d) for d in range(1, above + 1) if above % d == 0)
+            legal = legal_divisors(above)
             yield Problem(path=fine, text=f"{below} does not divide {coarse} = {above}. Legal: {legal}")
 
 
@@ -213,11 +214,11 @@ def _secondary(state: StatePlacement, layout: Any, ranks: int | None) -> Iterato
             yield Problem(path="secondary_as", text="has no effect without secondary")
         return
     if state.secondary_as == "plain" and shared is not None and (shared % copy or not 1 < copy < shared):
-        legal = ", ".join(str(d) for d in range(2, shared) if shared % d == 0) or "none; leave it out"
+        legal = ", ".join(map(str, divisors(shared)[1:-1])) or "none; leave it out"
         text = f"{copy} is no true divisor above 1 of weights = {shared}"
         yield Problem(path="secondary", text=f"{text}. Legal: {legal}")
     elif state.secondary_as != "plain" and ranks is not None and (ranks % copy or copy == 1):
-        legal = ", ".join(str(d) for d in range(2, ranks + 1) if ranks % d == 0)
+        legal = ", ".join(map(str, divisors(ranks)[1:]))
         yield Problem(path="secondary", text=f"{copy} is no divisor above 1 of dp_shard x cp = {ranks}. Legal: {legal}")
     if shared == 1:
         yield Problem(path="secondary", text="has no effect: weights = 1, so nothing is gathered to copy")

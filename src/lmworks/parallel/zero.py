@@ -20,6 +20,7 @@ from typing import Any, Literal, final
 
 from lmworks.core.errors import Problem
 from lmworks.core.recipe import PositiveInt
+from lmworks.maths.whole import divisors
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import StatePlacement
 
@@ -87,4 +88,4 @@ class Zero(Arrangement):
     def _group(self, world: int) -> int:
         """Ranks that share weights where nodes are not known: few enough for the usual node."""
         most = min(world, self.ranks_per_node or USUAL)
-        return max(d for d in range(1, most + 1) if world % d == 0)
+        return max(d for d in divisors(world) if d <= most)

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lmworks.core.errors import UsageError
+from lmworks.maths.whole import legal_divisors
 from lmworks.plan.latency import ring_seconds
 
 Order = tuple[int, ...]
@@ -49,7 +50,7 @@ class Ground:
     def __post_init__(self) -> None:
         machines = len(self.bytes_per_second)
         if machines == 0 or machines % self.stages:
-            legal = ", ".join(str(d) for d in range(1, machines + 1) if machines % d == 0)
+            legal = legal_divisors(machines)
             raise UsageError(f"{self.stages} stages do not share {machines} machines", where="placement", legal=legal)
 
     @property

@@ -17,11 +17,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, final, get_args
 
 from lmworks.core.errors import Problem, RecipeError, UsageError
 from lmworks.core.recipe import decode_part
+from lmworks.maths.whole import divisors
 from lmworks.parallel.footprint import WORDS, Footprint, in_words
 from lmworks.parallel.layout import Engine, Layout, Schedule, problems_of
 from lmworks.parallel.state import DEGREES, StatePlacement
@@ -302,12 +302,6 @@ def _policies(recipe: Any) -> list[Any]:
         if policy not in found:
             found.append(policy)
     return found
-
-
-@cache
-def divisors(number: int) -> tuple[int, ...]:
-    """From 1 up."""
-    return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
 def _kinds(layout: Layout) -> int:

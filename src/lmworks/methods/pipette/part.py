@@ -13,6 +13,7 @@ import torch
 
 from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.recipe import NonNegativeInt, PositiveFloat, PositiveInt
+from lmworks.maths.whole import legal_divisors
 from lmworks.methods.pipette.plans import Refusal, plans
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.links import Profile, Table, empty, read
@@ -126,7 +127,7 @@ class Pipette(Arrangement):
             raise RecipeError([Problem(path="layout.machines", text=text)])
         each = min(each, world)
         if world % each:
-            legal = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
+            legal = legal_divisors(world)
             text = f"{each} does not divide {world} ranks. Legal: {legal}"
             raise RecipeError([Problem(path="layout.ranks_per_machine", text=text)])
         n = world // each
