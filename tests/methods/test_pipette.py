@@ -290,7 +290,7 @@ def test_a_placed_plan_is_no_slower_than_the_launchers_order(seed: int) -> None:
 
 
 def test_a_ready_recipe_decodes_again_and_rehearses_without_its_machines() -> None:
-    from lmworks.train.rehearse import small
+    from lmworks.train.small import small
 
     of = links(4, 1, seed=0)
     made = recipe()

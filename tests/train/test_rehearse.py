@@ -26,12 +26,10 @@ from lmworks.train.rehearse import (
     differences,
     perform,
     pipeline_of,
-    reduce_degrees,
     rehearse,
-    shrink,
-    small,
 )
 from lmworks.train.saved import Recompute
+from lmworks.train.small import reduce_degrees, shrink, small
 from tests.parallel.table import scene_of
 
 

@@ -37,6 +37,7 @@ def rehearse(
     from lmworks.core.errors import RecipeError, UsageError
     from lmworks.parallel.layout import problems_of
     from lmworks.train import rehearse as rehearsal
+    from lmworks.train.small import small
 
     decoded = recipes.load(recipe, verb="train", sets=set_ or [])
     ranks = ranks or decoded.layout.asked
@@ -48,7 +49,7 @@ def rehearse(
     if problems := problems_of(decoded):
         raise RecipeError(problems)
     waits = _documents(decoded, as_json=as_json) if documents else []
-    scene, said = rehearsal.small(decoded, layout, most=most)
+    scene, said = small(decoded, layout, most=most)
     if not as_json:
         for text in notes:
             say(text)
