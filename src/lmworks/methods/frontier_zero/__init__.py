@@ -101,9 +101,9 @@ it is added to what is coded next.
 - int4 keeps 15 levels a block, so where few values are large the others become zero. Adam scales each value by its own
   history and feels that most in the token table, where frequent and rare tokens are neighbours: blocks much wider than
   a row of it cost loss at toy size.
-- Codes are made by plain PyTorch: on a GPU, some passes over memory for each gather.
-- What error feedback remembers is not in checkpoints: a resumed run begins with none, so it is not bitwise the
-  unbroken one. It takes a byte for every value that a hop sends, beside the gradients.
+- On a GPU codes are made by kernels that have run in Triton's interpreter only, elsewhere by plain PyTorch.
+- What error feedback remembers takes a byte for every value that a hop sends, beside the gradients. Checkpoints keep
+  it for the layout that made them; under another one it begins anew, which a note tells.
 - Pairs, nodes and ranks must divide each other. Where nodes are uneven the run falls back to ranks that share all
   states in groups that nodes hold whole (HSDP), which a note tells, and never to sharing among all.
 - Ranks are data-parallel only; with tp, cp or a pipeline, write the `state` into a plain layout.
@@ -117,6 +117,8 @@ from typing import Any, Literal, final
 
 from lmworks.core.errors import LmworksError, Problem, RecipeError
 from lmworks.core.recipe import Fraction, PositiveFloat, PositiveInt
+from lmworks.maths.whole import legal_divisors
+from lmworks.parallel.footprint import BYTES, vocabulary_of
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import BLOCK, StatePlacement
 from lmworks.parallel.zeropp import must_be, note_of, whole_nodes
@@ -160,8 +162,8 @@ class FrontierZero(Arrangement):
         if self.feedback and self.gradients_as == "plain":
             yield Problem(path="feedback", text="has no effect with gradients_as = 'plain', which rounds nothing off")
         if self.node % self.pair:
-            legal = ", ".join(str(d) for d in range(1, self.node + 1) if self.node % d == 0)
-            yield Problem(path="pair", text=f"{self.pair} does not divide node = {self.node}. Legal: {legal}")
+            text = f"{self.pair} does not divide node = {self.node}. Legal: {legal_divisors(self.node)}"
+            yield Problem(path="pair", text=text)
 
     def settle(self, world: int, recipe: Any) -> Layout:
         """The plain layout. Raises RecipeError for other ranks than `ranks`, and for state above `memory_gib`."""
@@ -221,6 +223,6 @@ def parameters(recipe: Any) -> int:
     """P of a recipe's model; its vocabulary is the tokenizer's, as far as that tells it."""
     shape = getattr(recipe.model, "shape", recipe.model)
     if shape.vocab_size is None:
-        shape = shape.with_vocab(getattr(recipe.data.tokenizer, "vocab_size", None) or 257)
+        shape = shape.with_vocab(vocabulary_of(recipe) or BYTES)
     found: int = shape.cost(sequence=recipe.data.sequence_length, bytes_per_value=4).parameters
     return found
