@@ -20,6 +20,7 @@ from lmworks.parallel.layout import Layout
 from lmworks.parallel.state import StatePlacement
 from lmworks.train import rehearse
 from lmworks.train.build import settle
+from lmworks.train.small import small
 from tests.train import ranked
 
 FRONTIER = Cluster(nodes=48)
@@ -239,7 +240,7 @@ def test_a_run_on_four_ranks_is_near_that_of_one_and_goes_on_where_it_was(
 def test_a_rehearsal_sends_plain_values_and_says_so() -> None:
     """Sixteen ranks, rehearsed on eight: two nodes of two pairs."""
     asked = recipe("layout.secondary=node", "layout.weights_as=int8")
-    scene, said = rehearse.small(asked, settle(asked, 16).layout, most=8)
+    scene, said = small(asked, settle(asked, 16).layout, most=8)
     assert any("int8, int4 -> plain" in line for line in said)
     assert scene.layout == Layout(dp_shard=8, state=StatePlacement(weights=2, gradients=4, levels=(2, 4)))
     verdict = rehearse.rehearse(scene)

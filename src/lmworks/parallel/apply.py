@@ -193,6 +193,8 @@ class Placement:
 
     def remarks(self) -> tuple[str, ...]:
         """What people should hear of the passes so far, once a run."""
+        if self.layout.servers is None:
+            return ()
         found = [text for chunk in self.chunks if isinstance(chunk.reach, Pool) for text in chunk.reach.remarks[:1]]
         told, self._remarked = self._remarked, self._remarked or bool(found)
         return () if told else tuple(found[:1])
