@@ -55,7 +55,7 @@ def test_hpz_keeps_a_copy_in_each_node() -> None:
 
 
 @pytest.mark.parametrize("stage", ["hsdp", "mics", "hpz"])
-@pytest.mark.parametrize(("ranks", "node", "group"), [(12, None, 6), (12, 8, 6), (14, 4, 2), (16, None, 8)])
+@pytest.mark.parametrize(("ranks", "node", "group"), [(12, None, 6), (12, 8, 4), (14, 4, 2), (16, None, 8)])
 def test_nodes_that_are_unknown_or_uneven_make_hsdp_and_a_note(
     stage: Any, ranks: int, node: int | None, group: int
 ) -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError, RecipeError, UsageError
 from lmworks.core.journal import rows
+from lmworks.parallel import gang
+from lmworks.parallel.state import StatePlacement
 from lmworks.plan import cluster as clusters
 from lmworks.plan import residuals, score, search, simulate
 from lmworks.plan.bill import KWH
@@ -21,7 +23,7 @@ from lmworks.plan.cluster import Cluster
 from lmworks.plan.shape import Ground
 from lmworks.plan.work import Work
 from lmworks.train.loop import run
-from tests.train import toy
+from tests.train import ranked, toy
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +210,19 @@ def test_recipes_that_cannot_be_read_and_layouts_that_no_plan_models(folder: Pat
     (folder / "recipe.toml").write_text(text.replace('use = "ranks"', 'use = "zero"\nlevel = 3'))
     with pytest.raises((UsageError, RecipeError)):
         score.score(folder, laptop)
+
+
+@pytest.mark.ranks
+def test_a_run_whose_states_lie_on_levels_is_told_as_well(tmp_path: Path, laptop: Cluster) -> None:
+    """Weights whole, gradients by pairs, optimizer state over all four ranks."""
+    layout = {"dp_shard": 4, "state": {"weights": 1, "gradients": 2, "levels": [2]}}
+    text = toy.corpus(tmp_path / "text")
+    table = ranked.table(text, tmp_path / "cache", layout=layout, micro_batch_size=1, threads=1)
+    gang.run(ranked.train, 4, table, str(tmp_path / "run"))
+    found = score.score(tmp_path / "run", laptop)
+    parts = {part.name: part for part in found.parts}
+    assert found.run.choice.layout.state == StatePlacement(weights=1, gradients=2, levels=(2,))
+    for name in ("weights", "gradients", "optimizer state"):
+        assert parts[name].ratio == 1.0
+    assert parts["step"].predicted is not None
+    assert parts["step"].predicted > 0

@@ -6,6 +6,7 @@ it, so a run that was killed goes on where it was, and changed settings run agai
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -207,27 +208,30 @@ class _Rounds:
         """A job for a unit that is not there, with the bytes it reads; none when it is."""
         if is_whole(unit):
             return []
-        name = f"{call}-{unit.name}"
         made = {**self._with_paths(arguments, work=False), "folder": str(unit)}
-        return [(Job(name=name, call=f"make.work:{call}", arguments=made), size)]
+        return [(Job(name=unit.name, call=f"make.work:{call}", arguments=made), size)]
 
     def _with_paths(self, arguments: dict[str, Any], *, work: bool = True) -> dict[str, Any]:
         return {"recipe": self._path, **({"work": str(self._work)} if work else {}), **arguments}
 
     def _round(self, name: str, jobs: list[tuple[Job, int]]) -> None:
         unique = {job.arguments.get("folder", job.name): job for job, _ in jobs}  # equal shards are one unit
-        self._trail.made += len(unique)
-        self._told.stage(name, len(unique))
+        numbered = [
+            dataclasses.replace(job, name=f"{job.call.rpartition(':')[2]}-{number:05d}")
+            for number, job in enumerate(unique.values(), start=1)
+        ]
+        self._trail.made += len(numbered)
+        self._told.stage(name, len(numbered))
         executor = self._recipe.executor
-        if isinstance(executor, Local) and (len(unique) == 1 or sum(size for _, size in jobs) < SMALL):
-            for job in unique.values():
+        if isinstance(executor, Local) and (len(numbered) == 1 or sum(size for _, size in jobs) < SMALL):
+            for job in numbered:
                 catalogue.resolve(job.call)(**job.arguments)
                 self._told.job(job.name, "done")
-        elif unique:
+        elif numbered:
             folder = JobFolder(self._folder.path / "jobs" / name.replace(" ", "-").replace(":", "").replace(">", "to"))
             shutil.rmtree(folder.path, ignore_errors=True)  # results of units that are gone do not count
-            folder.add(list(unique.values()))
-            executor.run(folder, [job.name for job in unique.values()], self._told.job)
+            folder.add(numbered)
+            executor.run(folder, [job.name for job in numbered], self._told.job)
 
 
 def _is_there(unit: Path) -> bool:

@@ -6,7 +6,8 @@
     saved       what waits for the backward pass, at its peak: blocks by their policy, and what is saved around them
     logits      one chunk of them, and its gradient
     workspace   all else that the allocator had: results on their way, gathered weights, communication; a rule of thumb
-                beforehand: twice what a block saves, and of a placement of states the second copy and what is fed back
+                beforehand: twice what a block saves, what is divided over ranks while it is whole, and of a placement
+                of states the second copy and what is fed back
 
 `saved` is told for the forms that a CPU runs and for the plain ones of a GPU; the scores of a CPU's tiles by the mean
 length of documents, or, before they were read, as if each filled its row. What compiled blocks keep, the compiler
@@ -30,7 +31,7 @@ from lmworks.model.head import chunk_rows
 from lmworks.model.ops import bf16_is_fast
 from lmworks.model.sizes import BlockBytes, BlockSizes, Held
 from lmworks.model.tiles import MOST_KEYS, TILE, kept_scores
-from lmworks.parallel.holdings import WEIGHT, holdings
+from lmworks.parallel.holdings import WEIGHT, holdings, whole
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.schedule import order
 from lmworks.parallel.shard import local
@@ -93,13 +94,15 @@ def predict(recipe: Any, layout: Layout, rank: int, *, vocabulary: int, document
     rows = min(work.tokens, chunk_rows(math.ceil(vocabulary / layout.tp), work.device))
     blocks = [work.block(number).whole for _, _, held in stages for number in held]
     held = holdings(shape, layout, rank, sequence=work.sequence, value=work.value, optimizer=recipe.optimizer)
+    several = recipe.batch_size // layout.size("batch") > work.rows
+    gathered = whole(shape, layout, rank, sequence=work.sequence, value=work.value, several=several)
     return Footprint(
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
         saved=_saved(recipe, layout, rank, work),
         logits=rows * math.ceil(vocabulary / layout.tp) * (work.value + WEIGHT) if with_head else 0,
-        workspace=2 * max(blocks) + held.copy + held.missed,
+        workspace=2 * max(blocks) + gathered + held.copy + held.missed,
     )
 
 
@@ -108,6 +111,13 @@ def vocabulary_of(recipe: Any) -> int | None:
     tokenizer = recipe.data.tokenizer
     known: int | None = recipe.model.vocab_size or getattr(tokenizer, "vocab_size", None)
     return BYTES if known is None and isinstance(tokenizer, Bytes) else known
+
+
+def wide_and_whole(layout: Layout) -> bool:
+    """Whether blocks are given whole weights in float32, which a product casts."""
+    if layout.state is None:
+        return layout.size("fsdp") == 1
+    return layout.size("weights") == 1 and not layout.narrow_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +184,7 @@ class MicroBatch:
         if getattr(self.shape, "qk_norm", False):
             count, inside = mine.n_heads + mine.n_kv_heads, query + mine.n_kv_heads * mine.head_dim
             heads = (inside + count) * self.value + self._wider(count, inside)
-        matrices = self._matrices(number) if self._wide_and_whole() and self.value != WEIGHT else 0
+        matrices = self._matrices(number) if wide_and_whole(self.layout) and self.value != WEIGHT else 0
         products = self._products(number) + (query + mine.n_heads if fused else 0)
         ranks = tp if self.layout.sequence_parallel else 1
         return BlockBytes(
@@ -187,13 +197,6 @@ class MicroBatch:
             width=width,
             sizes=mine,
         )
-
-    def _wide_and_whole(self) -> bool:
-        """Whether blocks are given whole weights in float32, which a product casts."""
-        layout = self.layout
-        if layout.state is None:
-            return layout.size("fsdp") == 1
-        return layout.size("weights") == 1 and not layout.narrow_weights
 
     def _attention(self, mine: BlockSizes) -> tuple[float, int, bool]:
         """What attention saves per token: scores of a head, values beside q, k, v and the result; and whether the
@@ -242,7 +245,7 @@ class MicroBatch:
         if first:
             found += self.tokens * 8
         if last:
-            kind = WEIGHT if self._wide_and_whole() else self.value  # a gradient in the type of the matrix
+            kind = WEIGHT if wide_and_whole(self.layout) else self.value  # a gradient in the type of the matrix
             table = math.ceil((self.shape.vocab_size or 0) / self.layout.tp) * width * kind
             norm = width * self.value + self.value + self._wider(1, width)
             found += self.tokens * (norm + width * self.value) + table + 8  # and the count that the loss is divided by

@@ -3,12 +3,14 @@
 weights     its part of the model, float32; beside masters, in the type that they are used in
 gradients   the same, of what is trained; beside masters, the sums that stay and the masters' own, where finer
 optimizer   what the optimizer says of the parts that it steps, and the masters
+whole       of what is divided over ranks, what is whole for a while: weights that were gathered, gradients
 copy        of the blocks' weights, which forward passes leave for backward passes
 missed      of gradients, what is fed back: a byte and a share of a scale for each value that a hop sends
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,3 +123,49 @@ def _coded(state: StatePlacement) -> float:
 
 def _values(shapes: Iterable[Sequence[int]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
+
+
+# --- whole for a while ------------------------------------------------------------------------------------------------
+
+
+def whole(shape: Shape, layout: Layout, rank: int, *, sequence: int, value: int, several: bool) -> int:
+    """Bytes of what is divided over fsdp while it is whole. `several`: whether a step has several micro-batches."""
+    if layout.size("fsdp") == 1:
+        return 0
+    alone = dataclasses.replace(layout, dp_replicate=1, dp_shard=1, cp=1, state=None, servers=None)
+    here = layout.place(rank, "pp") * layout.tp + layout.place(rank, "tp")
+    blocks: dict[str, int] = {}
+    ends = 0
+    for name, part in portions(shape, alone, here, sequence=sequence).items():
+        size = WEIGHT * math.prod(part)
+        if name.startswith("blocks."):
+            number = name.split(".", 2)[1]
+            blocks[number] = blocks.get(number, 0) + size
+        else:
+            ends += size
+    return of_wholes(layout, list(blocks.values()), ends, value=value, several=several)
+
+
+def of_wholes(layout: Layout, blocks: Sequence[int], ends: int, *, value: int, several: bool) -> int:
+    """The same from the bytes of each block's weights and of those around blocks, not divided, in float32.
+
+    Two blocks are gathered at a time, or all where they are not given back; what stands around blocks always.
+    Gradients are summed over ranks behind the last micro-batch: with several, those of all blocks wait in float32, and
+    with one those of a block, in the type of its products as well.
+    """
+    gathered = sum(sorted(blocks)[-2:]) if resharded(layout) else sum(blocks)
+    narrow = min(WEIGHT, value) / WEIGHT
+    wait = several and not sums_each(layout)
+    waiting = sum(blocks) + ends if wait else (1 + narrow) * (max(blocks) + ends)
+    held = layout.state is not None and layout.size("weights") == 1  # whole by themselves
+    return round((0 if held else narrow * (gathered + ends)) + waiting)
+
+
+def resharded(layout: Layout) -> bool:
+    """Whether a block's weights are given back behind its forward pass."""
+    return layout.reshard if layout.reshard is not None else layout.pp == 1
+
+
+def sums_each(layout: Layout) -> bool:
+    """Whether gradients are summed over ranks with every micro-batch, and not with the last one only."""
+    return layout.state is not None and layout.pp == 1

@@ -23,6 +23,7 @@ from lmworks.core.recipe import PositiveInt
 from lmworks.maths.whole import divisors
 from lmworks.parallel.layout import Arrangement, Layout
 from lmworks.parallel.state import StatePlacement
+from lmworks.parallel.zeropp import whole_nodes
 
 IN_NODES = ("hsdp", "mics", "hpz")
 USUAL = 8
@@ -37,8 +38,9 @@ class Zero(Arrangement):
     stage: Literal["ddp", "zero-1", "zero-2", "zero-3", "hsdp", "mics", "hpz"]
     """Who shares what: see the table of the page about layouts."""
     ranks_per_node: PositiveInt | None = None
-    """Ranks that fast links join, for 'hsdp', 'mics' and 'hpz'. Where it is left out, or does not divide the ranks, all
-    three are hsdp in groups of at most so many, or 8, and a note says so."""
+    """Ranks that fast links join, for 'hsdp', 'mics' and 'hpz'. Where it does not divide the ranks, all three are hsdp
+    in the largest groups of one size that lie in one node each; where it is left out, in groups of at most 8. A note
+    says so."""
 
     @property
     def asked(self) -> None:
@@ -86,6 +88,7 @@ class Zero(Arrangement):
         return None if node is None or world % node else node
 
     def _group(self, world: int) -> int:
-        """Ranks that share weights where nodes are not known: few enough for the usual node."""
-        most = min(world, self.ranks_per_node or USUAL)
-        return max(d for d in divisors(world) if d <= most)
+        """Ranks that share weights where nodes are uneven, or not known: then few enough for the usual node."""
+        if self.ranks_per_node is not None:
+            return whole_nodes(world, self.ranks_per_node).size("dp_shard")
+        return max(d for d in divisors(world) if d <= USUAL)

@@ -54,8 +54,3 @@ class Matrix:
         rows = self.rows / tp if self.divided == "rows" else self.rows
         columns = self.columns / tp if self.divided == "columns" else self.columns
         return (tokens * self.top_k / self.experts if self.experts else tokens), rows, columns
-
-
-def resharded(layout: Layout) -> bool:
-    """Whether a block's weights are given back behind its forward pass."""
-    return layout.reshard if layout.reshard is not None else layout.pp == 1

@@ -213,8 +213,8 @@ def read(path: Path) -> Run:
         raise UsageError(text, where=str(path), legal="a folder that lmworks train made, such as runs/quickstart")
     recipe = recipes.load(folder.recipe, verb="train")
     layout = recipe.layout
-    if not isinstance(layout, Layout) or layout.state is not None or layout.servers is not None:
-        text = "its layout shares states by rule or has servers of attention, and plans do not model those"
+    if not isinstance(layout, Layout) or layout.servers is not None:
+        text = "its layout is a rule that a run settles, or has servers of attention: plans do not model those"
         raise UsageError(text, where=str(folder.recipe))
     try:
         recipe = _with_vocabulary(recipe, path)

@@ -1,8 +1,8 @@
 """What a rank of a layout holds and computes, by block: exact counts from settings, fast for many layouts.
 
-Bytes are those of `parallel.footprint` and `parallel.traffic`, and what is whole for a while. Those two go
-through every name of every rank. Here blocks that are alike are counted once, ranks by their place in the pipeline (the
-first of tp and fsdp holds most), and what layouts have in common is kept. Tests hold both to the same numbers.
+Bytes are those of `parallel.footprint` and `parallel.traffic`, which go through every name of every rank. Here blocks
+that are alike are counted once, ranks by their place in the pipeline (the first of tp and fsdp holds most), and what
+layouts have in common is kept. Tests hold both to the same numbers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from lmworks.core.errors import UsageError
 from lmworks.model.head import chunk_rows
 from lmworks.model.sizes import BlockBytes, BlockSizes
-from lmworks.parallel.footprint import Footprint, MicroBatch, vocabulary_of
-from lmworks.parallel.holdings import WEIGHT
+from lmworks.parallel.footprint import Footprint, MicroBatch, vocabulary_of, wide_and_whole
+from lmworks.parallel.holdings import WEIGHT, of_wholes, resharded
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.pipeline import held_by, split
 from lmworks.parallel.schedule import order
 from lmworks.parallel.traffic import COLUMNS, ROWS, portions
 from lmworks.plan import states
-from lmworks.plan.choice import Choice, Matrix, Stage, resharded
+from lmworks.plan.choice import Choice, Matrix, Stage
 from lmworks.plan.cluster import Cluster
 
 
@@ -208,13 +208,7 @@ class Ground:
         )
 
     def whole(self, choice: Choice, place: int) -> int:
-        """Bytes of what is divided over fsdp while it is whole: weights that were gathered, and gradients.
-
-        Two blocks are gathered at a time, or all where they are not given back; what stands around blocks always.
-        Gradients are summed over ranks behind the last micro-batch: with several, those of all blocks wait in float32,
-        and with one those of a block, in the type of its products as well. `parallel.footprint` leaves this to its rule
-        of thumb, which is too little for large models.
-        """
+        """Bytes of what is divided over fsdp while it is whole, as `parallel.holdings` tells it."""
         layout, several = choice.layout, choice.micro_batches > 1
         if layout.size("fsdp") == 1:
             return 0
@@ -229,12 +223,7 @@ class Ground:
         stages = self.held(layout, place)
         blocks = [sums.weights[i + 1] - sums.weights[i] for stage in stages for i in range(stage.start, stage.stop)]
         ends = sum(sums.ends[name][0] for name in {name for stage in stages for name in self.around(stage)})
-        gathered = sum(sorted(blocks)[-2:]) if resharded(layout) else sum(blocks)
-        narrow = min(WEIGHT, self.value) / WEIGHT
-        wait = several and not states.sums_each(layout)
-        waiting = sum(blocks) + ends if wait else (1 + narrow) * (max(blocks) + ends)
-        held = layout.state is not None and layout.size("weights") == 1  # whole by themselves
-        return round((0 if held else narrow * (gathered + ends)) + waiting)
+        return of_wholes(layout, blocks, ends, value=self.value, several=several)
 
     def standing(self, layout: Layout, place: int) -> tuple[int, int, int | None]:
         """Bytes of weights, gradients and optimizer state."""
@@ -323,23 +312,22 @@ class Ground:
 
     def block(self, choice: Choice, kind: int) -> BlockBytes:
         """What a block of a kind could keep."""
-        *micro, ranks = self.micro_key(choice)
-        key = ("block", kind, *micro, ranks > 1)
+        key = ("block", kind, *self.micro_key(choice))
         if key not in self._kept:
             self._kept[key] = self.micro(choice).block(kind)
         found: BlockBytes = self._kept[key]
         return found
 
     def micro_key(self, choice: Choice) -> tuple[Any, ...]:
-        """What of a choice the bytes of a micro-batch hang on; ranks that share weights last."""
+        """What of a choice the bytes of a micro-batch hang on."""
         layout = choice.layout
-        ranks = (layout.dp_shard or 1) * layout.cp
-        return (choice.rows, layout.tp, layout.cp, layout.context, layout.sequence_parallel, ranks)
+        cast = wide_and_whole(layout)
+        return (choice.rows, layout.tp, layout.cp, layout.context, layout.sequence_parallel, cast)
 
     def _saved(self, choice: Choice, micro: tuple[Any, ...], place: int) -> int | None:
         layout, found = choice.layout, 0
         live = self.live(layout, choice.micro_batches, place)
-        key = (choice.saved, *micro[:-1], micro[-1] > 1)
+        key = (choice.saved, *micro)
         for stage in self.held(layout, place):
             peak = self._kept.get(("peak", stage, *key), 0)
             if peak == 0:

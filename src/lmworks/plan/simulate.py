@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, final
 
+from lmworks.parallel.holdings import resharded, sums_each
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.schedule import Order, next_micro_batches, order
 from lmworks.parallel.timeline import Timeline, simulate
-from lmworks.plan.choice import Choice, Stage, resharded
+from lmworks.plan.choice import Choice, Stage
 from lmworks.plan.links import of_pipeline
-from lmworks.plan.states import sums_each
 from lmworks.plan.time import Passes, Seconds, boundary_bytes, passes, update
 from lmworks.plan.work import Piece, Work, keeps_products
 

@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lmworks.parallel.holdings import WEIGHT, Counts, of_counts
+from lmworks.parallel.holdings import WEIGHT, Counts, of_counts, resharded
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.levels import TO_ALL
 from lmworks.parallel.parcels import Parcels
 from lmworks.parallel.shard import part_of, slice_of
 from lmworks.parallel.traffic import COLUMNS, ROWS
-from lmworks.plan.choice import resharded
 from lmworks.plan.cluster import Cluster
 from lmworks.plan.links import Ring, ring, spread
 
@@ -220,8 +219,3 @@ def _ring(cluster: Cluster, layout: Layout, exchange: Exchange) -> Ring:
     apart = layout.state.stride(exchange.axis, layout.size("fsdp")) * layout.tp
     carried = spread if exchange.operation.startswith(TO_ALL) else ring
     return carried(cluster, layout.size(exchange.axis), apart)
-
-
-def sums_each(layout: Layout) -> bool:
-    """Whether gradients are summed over ranks with every micro-batch, and not with the last one only."""
-    return layout.state is not None and layout.pp == 1

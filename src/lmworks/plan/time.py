@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from lmworks.parallel.holdings import resharded, sums_each
 from lmworks.parallel.layout import V_SHAPED
-from lmworks.plan.choice import Choice, Stage, resharded
+from lmworks.plan.choice import Choice, Stage
 from lmworks.plan.links import of_pipeline
-from lmworks.plan.states import placed, sums_each
+from lmworks.plan.states import placed
 from lmworks.plan.work import WEIGHT, Work, keeps_products, update_seconds
 
 CLASSES = ("compute", "again", "tensor", "context", "gather", "away", "bubble", "reduce", "update")

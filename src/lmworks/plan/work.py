@@ -23,9 +23,10 @@ from typing import Any, final
 
 from lmworks.core.errors import UsageError
 from lmworks.model.sizes import mean_keys
+from lmworks.parallel.holdings import resharded
 from lmworks.parallel.layout import Layout
 from lmworks.plan import rounds, states
-from lmworks.plan.choice import Choice, Matrix, Stage, resharded
+from lmworks.plan.choice import Choice, Matrix, Stage
 from lmworks.plan.cluster import Cluster, Dtype
 from lmworks.plan.links import Ring, of_axis
 from lmworks.plan.shape import Ground
