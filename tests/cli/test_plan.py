@@ -118,6 +118,10 @@ def test_the_best_hour_and_the_making_of_machines_are_told(tmp_path: Path) -> No
     found = CliRunner().invoke(app, ["plan", "quickstart", *sets, "--region", "US-CA"])
     assert found.exit_code == 0, found.output
     assert "started at 03:00 UTC: " in found.output
+    assert (
+        "kg CO2 at 179 g/kWh (California, United States, 2023, location-based, direct emissions only); EPA"
+        in found.output
+    )
     assert "by grid.csv (Utopia, 2024: a test)" in found.output
     assert "making the machines, apart from kg CO2 above: " in found.output
     answer = json.loads(CliRunner().invoke(app, ["plan", "quickstart", *sets, "--json"]).stdout)

@@ -296,7 +296,9 @@ def beside(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _middle(figure: Any) -> float | None:
-    return figure["central"] if isinstance(figure, dict) else figure
+    if figure is None:
+        return None
+    return float(figure["central"] if isinstance(figure, dict) else figure)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

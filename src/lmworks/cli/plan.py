@@ -87,7 +87,7 @@ def plan(
     )
     search.refuse_nothing(found)
     told = report.as_json(found, machines) | {"correction": learnt.as_json()}
-    tell(told, as_json=as_json, text=_text(found, machines, decoded, learnt))
+    tell(told, as_json=as_json, text=_text(found, machines, decoded, learnt, region))
     if not found.plans:
         raise typer.Exit(4)
     _delivered(found, machines, write, picture, as_json)
@@ -162,7 +162,7 @@ def _said(text: str, as_json: bool) -> None:
         say(text)
 
 
-def _text(found: Answer, machines: Cluster, recipe: Any, learnt: Correction) -> str:
+def _text(found: Answer, machines: Cluster, recipe: Any, learnt: Correction, region: str | None) -> str:
     """The answer for people."""
     from lmworks.cli.console import table
     from lmworks.plan import report, search
@@ -171,7 +171,7 @@ def _text(found: Answer, machines: Cluster, recipe: Any, learnt: Correction) -> 
     if found.plans:
         lines += [table(report.rows(found.plans), header=report.HEADER), ""]
         lines += report.breakdown(found.plans[0], machines.memory_bytes.value)
-        lines += report.climate(found, found.plans[0])
+        lines += report.climate(found, found.plans[0], machines, region)
     else:
         lines.append("Nothing fits:")
         lines += [f"  {line}" for line in search.relaxed(found, machines, recipe)]

@@ -52,7 +52,7 @@ def of_run(cluster: Cluster, seconds: Seconds, *, devices: int, steps: int, regi
         seconds=seconds.total * steps,
         kwh=kwh,
         dollars=None if price is None else hours * price.value,
-        co2_kg=None if carbon is None else kwh * carbon / 1000,
+        co2_kg=None if carbon is None else kwh * carbon[0] / 1000,
         made_kg=_made(cluster, hours),
     )
 
@@ -76,14 +76,15 @@ def by_start(profile: Profile, found: Bill) -> list[Range]:
     return [grams.times(found.kwh / 1000) for grams in profile.starts(found.seconds / 3600)]
 
 
-def carbon_in(cluster: Cluster, region: str | None) -> float | None:
-    """Grams of CO2 per kWh: the cluster's own figure of a region, the table's of a country or a part of one, or, where
-    none is named, the cluster's first."""
+def carbon_in(cluster: Cluster, region: str | None) -> tuple[float, str] | None:
+    """Grams of CO2 per kWh, and where that is from: the cluster's own figure of a region, the table's of a country or a
+    part of one, or, where none is named, the cluster's first."""
     known = {entry.region for entry in cluster.carbon}
     if region is not None and region not in known and place_code(region) is not None:
-        return intensity_of(region).grams.central
+        grid = intensity_of(region)
+        return grid.grams.central, f"{grid.in_words()}; {grid.source}"
     found = in_region(cluster.carbon, region)
-    return None if found is None else found.value
+    return None if found is None else (found.value, f"{found.value:g} g/kWh ({found.region}); {found.source}")
 
 
 def in_region(known: tuple[OfRegion, ...], region: str | None) -> OfRegion | None:

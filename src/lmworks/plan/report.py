@@ -9,7 +9,7 @@ from typing import Any
 from lmworks.core import recipe as recipes
 from lmworks.core.energy.footprint import LIFE_YEARS
 from lmworks.parallel.footprint import WORDS, in_words
-from lmworks.plan.bill import KWH, by_start
+from lmworks.plan.bill import KWH, by_start, carbon_in
 from lmworks.plan.cluster import Cluster
 from lmworks.plan.search import ROOM, Answer, Plan, as_recipe, described
 from lmworks.plan.time import CLASSES
@@ -89,10 +89,10 @@ def breakdown(plan: Plan, memory_bytes: float) -> list[str]:
     return lines
 
 
-def climate(answer: Answer, plan: Plan) -> list[str]:
-    """What making the machines adds, apart from what their energy emits, and when a run had best begin."""
-    made, profile = plan.bill.made_kg, answer.ground.recipe.energy.profile()
-    lines = []
+def climate(answer: Answer, plan: Plan, cluster: Cluster, region: str | None) -> list[str]:
+    """With which grid CO2 is told, what making the machines adds apart from it, and when a run had best begin."""
+    made, profile, grid = plan.bill.made_kg, answer.ground.recipe.energy.profile(), carbon_in(cluster, region)
+    lines = [f"kg CO2 at {grid[1]}"] if grid is not None else []
     if made is not None:
         text = f"{number_in_words(made.central)} ({number_in_words(made.low)} to {number_in_words(made.high)})"
         lines.append(f"making the machines, apart from kg CO2 above: {text} kg of their {LIFE_YEARS:g} years")
