@@ -21,6 +21,7 @@ from lmworks.train.hardware import Hardware
 from lmworks.train.metering import Metering
 from lmworks.train.sensors import NvmlPower
 from lmworks.train.spent import told
+from tests.train import toy
 from tests.train.test_sensors import Clock
 
 
@@ -191,6 +192,18 @@ def test_what_does_not_compare_is_refused_without_a_flag(energy: dict[str, Any],
     with pytest.raises(UsageError, match=words):
         report([one, two])
     assert words.split(" and ")[0] in " ".join(report([one, two], allow_mixed=True)["mixed"])
+
+
+def test_a_grid_by_the_hour_does_not_compare_with_a_mean_of_a_year(tmp_path: Path) -> None:
+    hourly = toy.day_file(tmp_path, [100.0] * 24)
+    grid = (tmp_path / "grid.csv").read_text().replace("2024", "2023")
+    (tmp_path / "grid.csv").write_text(grid)
+    one = finished(tmp_path / "a", joules=KWH, quality=2.0, country="FRA")
+    two = finished(tmp_path / "b", joules=KWH, quality=2.0, country="FRA", hourly=hourly)
+    with pytest.raises(UsageError, match="do not compare: grids by the hour and means of a year"):
+        report([one, two])
+    found = report([one, two], allow_mixed=True)
+    assert found["lines"][1]["grid"] == "100 g/kWh (FRA, 2023, location-based) by the hour"
 
 
 def test_a_place_that_is_not_known_is_in_the_label(tmp_path: Path) -> None:

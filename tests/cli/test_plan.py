@@ -123,7 +123,7 @@ def test_the_best_hour_and_the_making_of_machines_are_told(tmp_path: Path) -> No
         in found.output
     )
     assert "by grid.csv (Utopia, 2024: a test)" in found.output
-    assert "making the machines, apart from kg CO2 above: " in found.output
+    assert "making the machines, the run's share of 5 years, not in the above: " in found.output
     answer = json.loads(CliRunner().invoke(app, ["plan", "quickstart", *sets, "--json"]).stdout)
     by_start = answer["plans"][0]["co2_kg_by_start_utc"]
     assert len(by_start) == 24

@@ -205,6 +205,7 @@ def test_without_idle_power_of_each_attempt_nothing_is_told_of_it() -> None:
     busier = told(account | {RESTING: [1.0, 9e9, 9e9, 0.0, 10.0]}, Metering(), Meter([]), tokens=1, flops=1.0)
     assert busier is not None
     assert busier["above_idle"]["busier_before"]
+    assert "(THE MACHINES WERE BUSIER BEFORE)" in in_words(busier)
     assert busier["above_idle"]["kwh"]["central"] == 0.0
 
 

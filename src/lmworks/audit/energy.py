@@ -238,7 +238,7 @@ def _told(line: Line, base: Line, grids: Sequence[Intensity]) -> dict[str, Any]:
         "kg_co2e_embodied": None if made is None else made.to_json(),
         "kwh_above_idle": None if above is None else above.to_json(),
         "mean_watts": mean(run.energy["mean_watts"] or 0.0 for run in line.runs),
-        "grid": grid_of(energy).in_words(),
+        "grid": grid_of(energy).in_words() + (" by the hour" if energy.get("hourly") else ""),
         "pue": energy["pue"]["central"],
         "money": None if money is None else {**money.to_json(), "currency": energy["money"]["currency"]},
         "joules_per_token": energy["joules_per_token"],

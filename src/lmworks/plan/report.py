@@ -95,7 +95,7 @@ def climate(answer: Answer, plan: Plan, cluster: Cluster, region: str | None) ->
     lines = [f"kg CO2 at {grid[1]}"] if grid is not None else []
     if made is not None:
         text = f"{number_in_words(made.central)} ({number_in_words(made.low)} to {number_in_words(made.high)})"
-        lines.append(f"making the machines, apart from kg CO2 above: {text} kg of their {LIFE_YEARS:g} years")
+        lines.append(f"making the machines, the run's share of {LIFE_YEARS:g} years, not in the above: {text} kg CO2")
     if profile is not None:
         kg = [start.central for start in by_start(profile, plan.bill)]
         best, worst = kg.index(min(kg)), kg.index(max(kg))

@@ -216,7 +216,8 @@ def in_words(facts: Mapping[str, Any]) -> str:
     place = f"{facts['place']} {year}{flag}, {facts['g_per_kwh']['central']:.0f} g/kWh {facts['basis']}-based"
     text = f"{spread(kwh)} kWh {facts['method']}, {spread(kg)} kg CO2e ({place}{scope}{by_hour}, PUE {pue:g})"
     if facts.get("above_idle"):
-        text += f"; {spread(facts['above_idle']['kwh'])} kWh of it above idle power"
+        busier = " (THE MACHINES WERE BUSIER BEFORE)" if facts["above_idle"]["busier_before"] else ""
+        text += f"; {spread(facts['above_idle']['kwh'])} kWh of it above idle power{busier}"
     if facts.get("embodied"):
         text += f"; apart from that {spread(facts['embodied']['kg_co2e'])} kg CO2e of making the machines"
     return text
