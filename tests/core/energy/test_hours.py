@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmworks.core.energy.footprint import Range
 from lmworks.core.energy.hours import DAY, HOUR, HOURS, Profile, read, seconds_by_hour
 from lmworks.core.errors import DataError
 from tests.oracles import footprint as oracle
@@ -157,6 +158,15 @@ def test_carbon_is_the_sum_over_hours(tmp_path: Path) -> None:
     assert unknown.grams.central == pytest.approx((200 + 300) / 2)
     assert (unknown.grams.low, unknown.grams.high) == pytest.approx(((200 + 100) / 2, (200 + 500) / 2))
     assert "by the hour (grid.csv)" in unknown.source
+
+
+@given(intensities, days.map(lambda day: [x + 1e-9 for x in day]), st.floats(0, 1e12))
+def test_equal_hours_give_their_figure_whatever_is_rounded(grams: float, joules: list[float], unknown: float) -> None:
+    equal = Profile(
+        grams=(Range.exact(grams),) * HOURS, source="x", year=2024, basis="location", place="here", file="x.csv"
+    )
+    found = equal.intensity(joules, unknown).grams
+    assert [found.low, found.central, found.high] == pytest.approx([grams] * 3, rel=1e-9)
 
 
 @given(days, st.floats(0.01, 100))

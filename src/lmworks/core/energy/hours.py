@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import NoReturn
 
 from lmworks.core.energy.footprint import INTENSITIES, NOTHING, Range, grams_per_kwh
@@ -56,8 +56,9 @@ class Profile:
         the mean of the day, from the cleanest hour to the dirtiest. Of nothing at all: the mean of the day."""
         parts = [(self._weighted(by_hour), sum(by_hour))] if sum(by_hour) > 0 else []
         if unknown > 0:
-            ends = Range(min(g.low for g in self.grams), self.mean().central, max(g.high for g in self.grams))
-            parts.append((ends, unknown))
+            mean = self.mean().central  # may be rounded beyond 24 equal hours
+            ends = [mean, *(g.low for g in self.grams), *(g.high for g in self.grams)]
+            parts.append((Range(min(ends), mean, max(ends)), unknown))
         whole, grams = sum(size for _, size in parts), NOTHING
         for part, size in parts:
             grams = grams.plus(part.times(size / whole))
@@ -201,7 +202,7 @@ def _by_time(rows: Sequence[tuple[int, str, float]], path: Path) -> tuple[list[R
         _refuse(f"has no rows for {where}{more}", path, "a row for each hour from first to last, of a day at least")
     by_hour = [[value for hour, value in found.items() if hour.hour == h] for h in range(HOURS)]
     # a mean of equal numbers may be rounded beyond them
-    return [Range(min(v), min(max(mean(v), min(v)), max(v)), max(v)) for v in by_hour], years
+    return [Range(min(v), min(max(fmean(v), min(v)), max(v)), max(v)) for v in by_hour], years
 
 
 def _moment(text: str, path: Path, line: int) -> datetime:
