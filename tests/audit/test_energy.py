@@ -8,11 +8,21 @@ from typing import Any
 
 import pytest
 import tomli_w
+from typer.testing import CliRunner
 
-from lmworks.audit.energy import correlation, draw, replay, report
+from lmworks.audit.energy import correlation, draw, report
+from lmworks.audit.power import replay
+from lmworks.cli.app import app
+from lmworks.core.energy import embodied
 from lmworks.core.energy.footprint import Range
-from lmworks.core.errors import DataError, UsageError
-from lmworks.train.energy import FIELDS, PHASES, Meter, Metering, told
+from lmworks.core.errors import UsageError
+from lmworks.train.energy import FIELDS, PHASES, Meter
+from lmworks.train.hardware import Hardware
+from lmworks.train.metering import Metering
+from lmworks.train.sensors import NvmlPower
+from lmworks.train.spent import told
+from tests.train import toy
+from tests.train.test_sensors import Clock
 
 
 def finished(
@@ -75,13 +85,75 @@ def test_seeds_are_one_line_and_changes_are_named(tmp_path: Path) -> None:
     assert found["tokens_and_kwh"] is None, "tokens do not move"
 
 
+class Recorded:
+    """As much of nvidia-ml-py as is asked for: a board whose power is what a file says, at a test's clock."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        lines = [line.split(",") for line in path.read_text().splitlines()[1:]]
+        self.watts, self.clock = {float(at): float(watts) for at, watts in lines}, clock
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:  # noqa: N802  (NVIDIA's name)
+        return round(1e3 * self.watts[self.clock.now])
+
+
+def recorded(folder: Path, gpu: str, watts: list[float], *, quality: float) -> tuple[Path, Path]:
+    """A run that was metered by a recorded file of power, a sample a second, and that file."""
+    path = folder.with_suffix(".csv")
+    path.write_text("time (s),power (W)\n" + "".join(f"{i},{power}\n" for i, power in enumerate(watts)))
+    clock = Clock()
+    board = NvmlPower(Recorded(path, clock), "a", gpu, period=1.0, clock=clock)
+    meter = Meter([board], hardware=Hardware(own=[embodied.gpu(gpu)]), clock=clock)
+    with meter.phase("train"):
+        for _ in watts[1:]:
+            clock.now += 1.0
+            meter.read(soon=True)
+    run = finished(folder, joules=1.0, quality=quality, hardware=gpu, tokens=200_000)
+    settings = Metering(country="FRA", price="0.2 EUR/kWh", pue=1.2)
+    facts = told(meter.account(), settings, meter, tokens=200_000, flops=1e15)
+    record = json.loads((run / "record.json").read_text()) | {"energy": facts}
+    (run / "record.json").write_text(json.dumps(record))
+    return run, path
+
+
 def test_two_gpus_compared(tmp_path: Path) -> None:
-    slow = finished(tmp_path / "t4", joules=4 * KWH, quality=2.0, country="FRA")
-    fast = finished(tmp_path / "a100", joules=KWH, quality=2.0, hardware="A100", country="FRA")
-    _, line = report([slow, fast])["lines"]
-    assert line["changes"] == ["T4 -> A100"]
-    assert line["against"]["kwh_saved"] == pytest.approx(0.75)
-    assert line["against"]["quality_lost"] == 0
+    t4, of_t4 = recorded(tmp_path / "t4", "Tesla T4", [70.0, *[66.0, 72.0] * 200], quality=2.0)
+    a100, of_a100 = recorded(tmp_path / "a100", "NVIDIA A100-SXM4-40GB", [90.0, *[310.0] * 40], quality=2.02)
+    content = report([t4, a100])
+    slow, fast = content["lines"]
+    assert slow["kwh"]["central"] == pytest.approx(replay(of_t4)["kwh"])
+    assert fast["kwh"]["central"] == pytest.approx(replay(of_a100)["kwh"])
+    assert fast["changes"] == ["Tesla T4 -> NVIDIA A100-SXM4-40GB"]
+    rows = {row["key"]: row for row in content["beside"]}
+    assert rows["seconds"]["values"] == [400.0, 40.0]
+    assert rows["seconds"]["ratios"] == [1.0, pytest.approx(0.1)]
+    assert rows["mean_watts"]["values"] == pytest.approx(
+        [replay(of_t4)["joules"] / 400, replay(of_a100)["joules"] / 40]
+    )
+    energy = replay(of_a100)["joules"] / replay(of_t4)["joules"]
+    for key, ratio in {"kwh": energy, "kg_co2e": energy, "money": energy, "tokens_per_joule": 1 / energy}.items():
+        assert rows[key]["ratios"][1] == pytest.approx(ratio)
+    dies = [5.45 * 1.2 * 400, 8.26 * 1.6 * 40]
+    assert rows["kg_co2e_embodied"]["values"] == pytest.approx([kg / (5 * 365 * 86400) for kg in dies])
+    assert rows["quality"]["values"] == [2.0, 2.02]
+    assert fast["against"]["kwh_saved"] == pytest.approx(1 - energy)
+    assert "kwh_above_idle" not in rows, "neither run has it"
+    told_words = CliRunner().invoke(app, ["audit", "energy", str(t4), str(a100)])
+    assert told_words.exit_code == 0, told_words.output
+    for words in ("t4 (Tesla T4)", "a100 (NVIDIA A100-SXM4-40GB)", "ratio", "mean power (W)", "money (EUR)", "x 0.1"):
+        assert words in told_words.output
+    assert "kg CO2e of making the machines, not in the above: t4 " in told_words.output
+
+
+def test_runs_from_before_making_machines_was_counted_compare(tmp_path: Path) -> None:
+    one = finished(tmp_path / "a", joules=KWH, quality=2.0, country="FRA")
+    two, _ = recorded(tmp_path / "b", "Tesla T4", [70.0] * 5, quality=2.0)
+    facts = json.loads((one / "record.json").read_text())
+    for name in ("embodied", "above_idle", "hourly", "scope"):
+        facts["energy"].pop(name)
+    (one / "record.json").write_text(json.dumps(facts))
+    rows = {row["key"]: row for row in report([one, two])["beside"]}
+    assert rows["kg_co2e_embodied"]["values"][0] is None
+    assert rows["kg_co2e_embodied"]["ratios"] == [None, None]
 
 
 def test_a_cleaner_grid_is_a_change(tmp_path: Path) -> None:
@@ -109,6 +181,7 @@ def test_training_longer_for_a_smaller_model_pays_back(tmp_path: Path) -> None:
         ({"intensity": "0 g/kWh", "intensity_year": 2023, "basis": "market"}, "location-based and market-based"),
         ({"intensity": "50 g/kWh", "intensity_year": 2019}, "grids of the years 2019, 2023"),
         ({"intensity": "50 g/kWh"}, "grids of the years 2023, not given"),
+        ({"country": "US-CA"}, "direct and life-cycle emissions"),
         ({"country": "FRA", "price": "0.1 USD/kWh"}, "prices in EUR and USD"),
         ({"country": "FRA", "counts": "process"}, "meters of machines and of processes"),
     ],
@@ -119,6 +192,18 @@ def test_what_does_not_compare_is_refused_without_a_flag(energy: dict[str, Any],
     with pytest.raises(UsageError, match=words):
         report([one, two])
     assert words.split(" and ")[0] in " ".join(report([one, two], allow_mixed=True)["mixed"])
+
+
+def test_a_grid_by_the_hour_does_not_compare_with_a_mean_of_a_year(tmp_path: Path) -> None:
+    hourly = toy.day_file(tmp_path, [100.0] * 24)
+    grid = (tmp_path / "grid.csv").read_text().replace("2024", "2023")
+    (tmp_path / "grid.csv").write_text(grid)
+    one = finished(tmp_path / "a", joules=KWH, quality=2.0, country="FRA")
+    two = finished(tmp_path / "b", joules=KWH, quality=2.0, country="FRA", hourly=hourly)
+    with pytest.raises(UsageError, match="do not compare: grids by the hour and means of a year"):
+        report([one, two])
+    found = report([one, two], allow_mixed=True)
+    assert found["lines"][1]["grid"] == "100 g/kWh (FRA, 2023, location-based) by the hour"
 
 
 def test_a_place_that_is_not_known_is_in_the_label(tmp_path: Path) -> None:
@@ -150,48 +235,6 @@ def test_correlation() -> None:
     assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
     assert correlation([1, 2], [2, 4]) is None
     assert correlation([1, 2, 3], [5, 5, 5]) is None
-
-
-# --- files of power ---------------------------------------------------------------------------------------------------
-
-
-def test_a_recorded_file_gives_its_sum(tmp_path: Path) -> None:
-    path = tmp_path / "power.csv"
-    path.write_text("note,time (ms),power_kW\n" + "".join(f"x,{1000 * i},0.1\n" for i in range(3601)))
-    found = replay(path)
-    assert found["kwh"] == pytest.approx(0.1, abs=1e-9)
-    assert (found["seconds"], found["gap_seconds"], found["missing"], found["clamped"]) == (3600.0, 0, 0, 0)
-
-
-def test_gaps_missing_and_negative_samples_are_told(tmp_path: Path) -> None:
-    path = tmp_path / "power.csv"
-    path.write_text("time (s),power (W)\n0,100\n1,-5\n2,\n3,100\n60,100\n61,100\n")
-    found = replay(path, period=1.0)
-    assert (found["gap_seconds"], found["missing"], found["clamped"]) == (57.0, 1, 1)
-    assert found["joules"] == pytest.approx(50 + 100 + 100)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("time,power\n0,1\n1,1\n", r"power\.csv:1: no column has a unit of time: time, power"),
-        ("time (s),power\n0,1\n1,1\n", "no column has a unit of power"),
-        ("time (s),power (W)\n0,1\n1,much\n", r"power\.csv:3: is no sample: 1,much"),
-        ("time (s),power (W)\n0,1\n1\n", r"is no sample: 1"),
-        ("time (s),power (W)\n0,1\n5,1\n4,1\n", r"power\.csv:4: time runs backwards"),
-        ("time (s),power (W)\n0,1\n", "fewer than two samples"),
-    ],
-)
-def test_a_file_without_sense_is_refused(text: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "power.csv"
-    path.write_text(text)
-    with pytest.raises(DataError, match=words):
-        replay(path)
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        replay(tmp_path / "none.csv")
 
 
 def test_ranges_come_back_from_json(tmp_path: Path) -> None:

@@ -109,3 +109,23 @@ def test_mistakes_with_scores_are_told(lmworks: Command) -> None:
         answer = lmworks(*words)
         assert answer.code == 2, words
         assert says in answer.err
+
+
+def test_the_best_hour_and_the_making_of_machines_are_told(tmp_path: Path) -> None:
+    rows = "".join(f"{hour},{100 if hour == 3 else 400}\n" for hour in range(24))
+    (tmp_path / "grid.csv").write_text(f"# source: a test\n# year: 2024\nhour (UTC),carbon (g/kWh)\n{rows}")
+    sets = [*TINY, "--set", f"energy.hourly={tmp_path / 'grid.csv'}", "--set", "energy.country=Utopia"]
+    found = CliRunner().invoke(app, ["plan", "quickstart", *sets, "--region", "US-CA"])
+    assert found.exit_code == 0, found.output
+    assert "started at 03:00 UTC: " in found.output
+    assert (
+        "kg CO2 at 179 g/kWh (California, United States, 2023, location-based, direct emissions only); EPA"
+        in found.output
+    )
+    assert "by grid.csv (Utopia, 2024: a test)" in found.output
+    assert "making the machines, the run's share of 5 years, not in the above: " in found.output
+    answer = json.loads(CliRunner().invoke(app, ["plan", "quickstart", *sets, "--json"]).stdout)
+    by_start = answer["plans"][0]["co2_kg_by_start_utc"]
+    assert len(by_start) == 24
+    assert min(by_start) == by_start[3]
+    assert answer["plans"][0]["co2_embodied_kg"]["central"] > 0

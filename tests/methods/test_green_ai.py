@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from lmworks.core.errors import RecipeError
 from lmworks.methods.green_ai import GreenAI
-from lmworks.train.energy import Bill
 from lmworks.train.probe import Probe
 from lmworks.train.slots import StepRecord
+from lmworks.train.spent import Bill
 from tests.train import toy
 
 NOBODY = cast(Probe, None)  # the watcher asks it for nothing

@@ -42,3 +42,30 @@ def modules(gibibytes: float) -> float:
     for i in range(count):
         total += 5.0 * (1.0 if i < 4 else 0.9 if i < 8 else 0.8 if i < 16 else 0.7)
     return max(10.0, total)
+
+
+def by_hour_of_day(first: int, values: Sequence[float]) -> list[tuple[float, float, float]]:
+    """(least, mean, greatest) of each hour of the day of values that begin at the hour `first`."""
+    found = []
+    for hour in range(24):
+        same = [value for i, value in enumerate(values) if (first + i) % 24 == hour]
+        found.append((min(same), sum(same) / len(same), max(same)))
+    return found
+
+
+def seconds_by_hour(start: int, end: int, *, step: int) -> list[float]:
+    """Seconds in each hour of the day, block by block."""
+    found = [0.0] * 24
+    for at in range(start, end, step):
+        found[at // 3600 % 24] += step
+    return found
+
+
+def mean_from(day: Sequence[float], start: int, hours: float) -> float:
+    """Mean of a day's values over so many hours from a full hour on, hour by hour."""
+    left, at, total = hours, start, 0.0
+    while left > 0:
+        part = min(left, 1.0)
+        total += part * day[at % 24]
+        left, at = left - part, at + 1
+    return total / hours

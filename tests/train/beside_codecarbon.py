@@ -15,7 +15,9 @@ from codecarbon import OfflineEmissionsTracker
 from codecarbon.external import hardware
 
 from lmworks.train import sensors
-from lmworks.train.energy import Meter, Metering, told
+from lmworks.train.energy import Meter
+from lmworks.train.metering import Metering
+from lmworks.train.spent import told
 
 LOAD = 0.6
 TDP = 200.0

@@ -13,18 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmworks.core import recipe as recipes
+from lmworks.core.energy.embodied import gpu
 from lmworks.core.energy.footprint import Range
-from lmworks.core.energy.grid import in_words
-from lmworks.core.errors import RecipeError
+from lmworks.core.energy.hours import HOURS
 from lmworks.core.journal import rows
 from lmworks.model.checkpoint import complete
 from lmworks.parallel.gang import run as on_ranks
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.parallel.world import Seat, wire
-from lmworks.train.energy import COST, FIELDS, PHASES, Meter, Metering, bill_of, meter_of, told, total
+from lmworks.train.energy import BY_HOUR, COST, FIELDS, MADE, PHASES, RESTING, WIDTHS, Meter, meter_of, total
+from lmworks.train.hardware import Hardware
 from lmworks.train.loop import run
+from lmworks.train.metering import Metering
 from lmworks.train.sensors import Modelled, NvmlEnergy, constant
 from tests.train import toy
 from tests.train.test_sensors import Clock, Nvml
@@ -124,6 +125,24 @@ def test_a_sensor_that_fails_is_left_out_and_named() -> None:
     assert total(meter.account())[1] == pytest.approx(50.0 + 1.0)
 
 
+def test_what_fails_beside_the_sensors_is_left_out_and_named() -> None:
+    clock = Clock()
+
+    def gone(seconds: float) -> float:
+        raise OSError("no /proc any more")
+
+    parts = [gpu("Tesla T4")]
+    meter = Meter([Broken(), steady(clock)], clock=clock, hardware=Hardware(own=[], shared=parts, share=gone))
+    assert meter.notes == ["making the machine is not counted any more: OSError: no /proc any more"]
+    meter.resting = Range(1, 2, 3)
+    for _ in range(5):
+        clock.now += 1.0
+        meter.read(soon=True)
+    account = meter.account()
+    assert account[MADE] == [0.0] * len(FIELDS)
+    assert account[RESTING][4] < total(account)[4], "idle power that had a broken sensor in it is nobody's"
+
+
 def test_what_was_thrown_away_is_lost_and_what_was_not_stays() -> None:
     clock = Clock()
     saved = {phase: [0.0, 10.0, 20.0, 0.0, 1.0] for phase in PHASES}
@@ -152,14 +171,15 @@ def test_the_thread_reads_and_ends() -> None:
 # --- several machines -------------------------------------------------------------------------------------------------
 
 
-def _one_of_four(rank: int) -> tuple[list[float], list[float]]:
+def _one_of_four(rank: int) -> tuple[list[float], list[float], list[float], float]:
     """A rank of four on two machines of two GPUs each; the first of a machine reads both."""
     host, local = divmod(rank, 2)
     shared = wire(Layout(dp_shard=4), Seat(rank=rank, world=4, local_rank=local))
     assert shared.first_here == (local == 0)
     clock, library = Clock(), Nvml()
     boards = [NvmlEnergy(library, handle, handle) for handle in ("a", "b")] if shared.first_here else []
-    meter = Meter(boards, clock=clock)
+    hardware = Hardware(own=[gpu("Tesla T4"), gpu("Tesla T4")]) if shared.first_here else None
+    meter = Meter(boards, clock=clock, wall=lambda: 3600.0 * 7 + clock.now, hardware=hardware)
     for phase in ("train", "validate", "train"):
         with meter.phase(phase):
             clock.now += 1.0
@@ -167,83 +187,20 @@ def _one_of_four(rank: int) -> tuple[list[float], list[float]]:
             library.mj["b"] += 500
     meter.read(soon=True)
     account = meter.account(shared)
-    return total(account), [values[1] for values in account.values()]
+    return total(account), [account[phase][1] for phase in PHASES], account[BY_HOUR], account[MADE][1]
 
 
 @pytest.mark.ranks
 def test_four_ranks_on_two_machines_are_counted_once() -> None:
     found = on_ranks(_one_of_four, 4)
-    for whole, phases in found:
+    for whole, phases, by_hour, made in found:
         assert whole[1] == pytest.approx(3 * (1.0 + 0.5) + 3 * (2.0 + 0.5), rel=1e-9)
         assert whole[3] == whole[1], "all of it measured"
         assert whole[4] == pytest.approx(6.0), "seconds of two machines, not of four ranks"
         assert sum(phases) == pytest.approx(whole[1], rel=1e-6)
+        assert by_hour[7] == pytest.approx(whole[1], rel=1e-6), "hours of all machines"
+        assert made == pytest.approx(4 * 5.45 * 1.2 * 3.0 / (5 * 365 * 86400)), "four boards for three seconds"
     assert found[0] == found[3], "the same on all ranks"
-
-
-# --- what it comes to -------------------------------------------------------------------------------------------------
-
-
-def account_of(joules: float, measured: float = 0.0) -> dict[str, list[float]]:
-    empty = {phase: [0.0] * len(FIELDS) for phase in PHASES}
-    return {**empty, "train": [joules / 2, joules, 2 * joules, measured, 10.0]}
-
-
-@pytest.mark.parametrize(
-    ("measured", "words"), [(0.0, "modelled"), (3.6e6, "measured"), (1e6, "partly measured, partly modelled")]
-)
-def test_facts_say_how_they_are_known(measured: float, words: str) -> None:
-    settings = Metering(country="France", pue=1.2, price="0.1 EUR/kWh")
-    facts = told(account_of(3.6e6, measured), settings, Meter([]), tokens=1000, flops=1e12)
-    assert facts is not None
-    assert facts["method"] == words
-    assert facts["kwh"] == {"low": 0.5, "central": 1.0, "high": 2.0}
-    assert facts["kg_co2e"]["central"] == pytest.approx(1.2 * 0.056, rel=0.01)
-    assert facts["money"]["central"] == pytest.approx(0.12)
-    assert (facts["joules_per_token"], facts["joules_per_flop"]) == pytest.approx((3600.0, 3.6e-6))
-    assert sum(facts["phases_kwh"].values()) == pytest.approx(1.0)
-    line = in_words(facts)
-    for part in (words, "France", "2023", "PUE 1.2", "location-based"):
-        assert part in line
-
-
-def test_a_place_that_is_not_known_is_flagged() -> None:
-    facts = told(account_of(3.6e6), Metering(), Meter([]), tokens=0, flops=0.0)
-    assert facts is not None
-    assert not facts["place_known"]
-    assert facts["joules_per_token"] is None
-    assert "PLACE NOT KNOWN" in in_words(facts)
-    assert facts["kg_co2e"]["low"] < facts["kg_co2e"]["central"] < facts["kg_co2e"]["high"]
-    assert told(account_of(0.0), Metering(), Meter([]), tokens=1, flops=1.0) is None
-
-
-def test_own_figures_are_taken_with_their_units() -> None:
-    settings = Metering(intensity="1000 lb/MWh", intensity_year=2022, basis="market", country="a wind farm")
-    bill = bill_of(account_of(3.6e6), settings)
-    assert bill.kg_co2e == pytest.approx(0.45359237)
-    assert bill.money is None
-    assert settings.grid().basis == "market"
-
-
-@pytest.mark.parametrize(
-    ("energy", "words"),
-    [
-        ({"country": "Frence"}, r"energy\.country: 'Frence' is not in the table; did you mean 'France'"),
-        ({"intensity": "409"}, r"energy\.intensity: '409' has no unit; legal: a number and a unit: g/kWh"),
-        ({"intensity": "409 g/kwh"}, r"has the unit 'g/kwh'; did you mean 'g/kWh'"),
-        ({"intensity": "-1 g/kWh"}, r"is not 0 or more"),
-        ({"intensity": "many g/kWh"}, r"'many g/kWh' is not a carbon intensity"),
-        ({"intensity_year": 2022}, r"energy\.intensity_year: has no effect without intensity"),
-        ({"basis": "market"}, r"energy\.basis: \"market\" needs intensity"),
-        ({"price": "0.1"}, r"energy\.price: '0\.1' is no price of energy"),
-        ({"price": "cheap EUR/kWh"}, r"energy\.price: 'cheap EUR/kWh' is not a price"),
-        ({"pue": 0.9}, r"energy\.pue"),
-        ({"period": 0}, r"energy\.period"),
-    ],
-)
-def test_wrong_settings_are_told(energy: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=words):
-        recipes.decode(toy.table(tmp_path, tmp_path, energy=energy))
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
@@ -267,6 +224,21 @@ def test_a_run_writes_its_energy_everywhere(text: Path, cache: Path, tmp_path: P
     assert [note for note in report.notes if note.startswith("energy: ") and "Sweden 2023" in note]
 
 
+def test_a_run_by_the_hour_and_above_idle(text: Path, cache: Path, tmp_path: Path) -> None:
+    energy = {"processor_watts": 50.0, "hourly": toy.day_file(tmp_path, [250.0] * HOURS), "idle_seconds": 0.05}
+    made = toy.recipe(text, cache, energy=energy)
+    toy.stopped(made, tmp_path / "run", 6, signal.SIGTERM)
+    folder, _ = toy.train(made, tmp_path / "run")
+    found = json.loads(folder.record.read_text())["energy"]
+    assert sum(found["hourly"]["kwh"]) == pytest.approx(found["kwh"]["central"], rel=1e-9)
+    assert found["hourly"]["kwh_of_no_known_hour"] == 0.0
+    assert found["kg_co2e"]["central"] == pytest.approx(0.25 * found["kwh"]["central"])
+    assert found["above_idle"]["kwh"]["central"] < found["kwh"]["central"]
+    assert found["above_idle"]["idle_watts"]["central"] > 0
+    kg = found["embodied"]["machine_kg_co2e"]["central"] * found["seconds"] / (5 * 365 * 86400)
+    assert found["embodied"]["kg_co2e"]["central"] == pytest.approx(kg, rel=1e-6)
+
+
 def test_switched_off_nothing_is_counted(text: Path, cache: Path, tmp_path: Path) -> None:
     folder, report = toy.train(toy.recipe(text, cache, energy={"on": False}, steps=2), tmp_path / "run")
     assert json.loads(folder.summary.read_text())["energy"] is None
@@ -285,7 +257,7 @@ def test_going_back_books_what_was_thrown_away(text: Path, cache: Path, tmp_path
     assert after["kwh"]["central"] > before
     assert "went into steps that are made again" in " ".join(report.notes)
     last = [event for event in rows(folder.events) if event["name"] == "energy"][-1]
-    assert set(last["attrs"]["account"]) == set(PHASES)
+    assert set(last["attrs"]["account"]) == set(WIDTHS)
 
 
 def test_a_run_that_is_stopped_and_goes_on_loses_nothing(text: Path, cache: Path, tmp_path: Path) -> None:

@@ -142,3 +142,11 @@ def batch(rows: int, length: int, vocab: int, *, seed: int = 0, packed: bool = T
         documents_BT=starts.cumsum(1) - 1,
         sources_BT=torch.zeros_like(tokens[:, :-1]),
     )
+
+
+def day_file(folder: Path, values: list[float]) -> str:
+    """A file of a grid's carbon in g/kWh, hour by hour."""
+    path = folder / "grid.csv"
+    rows = "".join(f"{hour},{value}\n" for hour, value in enumerate(values))
+    path.write_text(f"# source: a test\n# year: 2024\nhour (UTC),carbon (g/kWh)\n{rows}")
+    return str(path)

@@ -5,10 +5,8 @@ Runs that differ by their seed only are one line. The first run's recipe is the 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +17,15 @@ from typing import Any
 import numpy as np
 
 from lmworks.core import recipe as recipes
-from lmworks.core.energy.footprint import Range, break_even_requests, front, inference_flops, kwh_of
-from lmworks.core.energy.grid import Intensity, country_code, intensity_of, mixed, near_country
-from lmworks.core.energy.power import Integrator
-from lmworks.core.errors import DataError, UsageError
+from lmworks.core.energy.footprint import JOULES_PER_KWH, Range, break_even_requests, front, inference_flops, kwh_of
+from lmworks.core.energy.grid import Intensity, intensity_of, mixed, near_place, place_code
+from lmworks.core.errors import UsageError
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
 
 NO_CHANGE = (
     "seed", "sinks", "samples", "checkpoints", "threads", "max_minutes", "validation.every", "energy.on",
-    "energy.counts", "energy.period", "energy.processor_watts",
+    "energy.counts", "energy.period", "energy.processor_watts", "energy.idle_seconds",
 )  # fmt: skip
 """Settings that make no other recipe."""
 REQUEST_TOKENS = 500
@@ -60,9 +57,9 @@ class Line:
     changes: Sequence[str]
     """What their recipe, or their hardware, has otherwise than the first line's."""
 
-    def figure(self, key: str) -> Range | None:
-        """Mean over runs of a range in their energy facts; None where one has none."""
-        found = [run.energy.get(key) for run in self.runs]
+    def figure(self, key: str, within: str | None = None) -> Range | None:
+        """Mean over runs of a range in their energy facts, or in one of the tables in them; None where one has none."""
+        found = [_in(run.energy, within).get(key) for run in self.runs]
         there = [each for each in found if each is not None]
         if len(there) < len(found):
             return None
@@ -85,6 +82,10 @@ class Line:
         assert kwh is not None, "every run has its energy"
         assert pue is not None, "every run has a PUE"
         return kwh.times(pue).times(grid.grams).times(1e-3)
+
+
+def _in(energy: dict[str, Any], table: str | None) -> dict[str, Any]:
+    return energy if table is None else energy.get(table) or {}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ def grid_of(energy: dict[str, Any]) -> Intensity:
         basis=energy["basis"],
         source=energy["source"],
         known=energy["place_known"],
+        scope=energy.get("scope"),
     )
 
 
@@ -152,8 +154,8 @@ def _changes(first: Spent, run: Spent) -> list[str]:
 def grids_of(countries: Sequence[str]) -> list[Intensity]:
     """Further grids to tell CO2 with. Raises UsageError for a country that is not in the table."""
     for country in countries:
-        if country_code(country) is None:
-            raise UsageError(f"'{country}' is not in the table of grids{near_country(country)}")
+        if place_code(country) is None:
+            raise UsageError(f"'{country}' is not in the table of grids{near_place(country)}")
     return [intensity_of(country) for country in countries]
 
 
@@ -176,6 +178,9 @@ def report(
     reasons = mixed(grid_of(run.energy) for run in found)
     currencies = sorted({run.energy["money"]["currency"] for run in found if run.energy["money"] is not None})
     reasons += [f"prices in {' and '.join(currencies)}"] if len(currencies) > 1 else []
+    reasons += (
+        ["grids by the hour and means of a year"] if len({bool(r.energy.get("hourly")) for r in found}) > 1 else []
+    )
     reasons += ["meters of machines and of processes"] if len({run.energy["counts"] for run in found}) > 1 else []
     if reasons and not allow_mixed:
         raise UsageError(
@@ -186,11 +191,13 @@ def report(
     base = lines[0]
     points = {str(i): (_central(line, "kg_co2e"), line.quality) for i, line in enumerate(lines)}
     best = front(points)
+    told = [_told(line, base, grids) | {"on_front": str(i) in best} for i, line in enumerate(lines)]
     return {
         "metric": metric,
         "mixed": reasons,
         "label": _label(found),
-        "lines": [_told(line, base, grids) | {"on_front": str(i) in best} for i, line in enumerate(lines)],
+        "lines": told,
+        "beside": beside(told) if len(told) > 1 else [],
         "tokens_and_kwh": correlation([run.tokens for run in found], [run.energy["kwh"]["central"] for run in found]),
     }
 
@@ -212,6 +219,7 @@ def _told(line: Line, base: Line, grids: Sequence[Intensity]) -> dict[str, Any]:
     kwh, kg, money = line.figure("kwh"), line.figure("kg_co2e"), line.figure("money")
     assert kwh is not None, "every run has its energy"
     assert kg is not None, "every run has its CO2"
+    made, above = line.figure("kg_co2e", "embodied"), line.figure("kwh", "above_idle")
     energy = line.runs[0].energy
     return {
         "name": line.name,
@@ -227,10 +235,14 @@ def _told(line: Line, base: Line, grids: Sequence[Intensity]) -> dict[str, Any]:
         "method": energy["method"],
         "kwh": kwh.to_json(),
         "kg_co2e": kg.to_json(),
-        "grid": grid_of(energy).in_words(),
+        "kg_co2e_embodied": None if made is None else made.to_json(),
+        "kwh_above_idle": None if above is None else above.to_json(),
+        "mean_watts": mean(run.energy["mean_watts"] or 0.0 for run in line.runs),
+        "grid": grid_of(energy).in_words() + (" by the hour" if energy.get("hourly") else ""),
         "pue": energy["pue"]["central"],
         "money": None if money is None else {**money.to_json(), "currency": energy["money"]["currency"]},
         "joules_per_token": energy["joules_per_token"],
+        "tokens_per_joule": mean(run.tokens for run in line.runs) / (kwh.central * JOULES_PER_KWH),
         "elsewhere": {grid.in_words(): line.kg(grid).to_json() for grid in grids},
         "against": None if line is base else _against(line, base),
     }
@@ -254,6 +266,39 @@ def _against(line: Line, base: Line) -> dict[str, Any]:
         "within_spread": line.quality - base.quality <= base.spread,
         "break_even_requests": requests if math.isfinite(requests) else None,
     }
+
+
+BESIDE = (
+    ("time", "s", "seconds"),
+    ("mean power", "W", "mean_watts"),
+    ("energy", "kWh", "kwh"),
+    ("energy above idle", "kWh", "kwh_above_idle"),
+    ("CO2 of the energy", "kg", "kg_co2e"),
+    ("CO2 of making the machines", "kg", "kg_co2e_embodied"),
+    ("money", "", "money"),
+    ("tokens per joule", "", "tokens_per_joule"),
+    ("quality", "", "quality"),
+)
+"""What two machines, or two recipes, are compared by: words, unit, key of a line."""
+
+
+def beside(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each quantity of BESIDE that a line has: its central figures line by line, and what each is of the first
+    line's. None where a line does not have it, or where the first line has 0."""
+    found = []
+    for words, unit, key in BESIDE:
+        values = [_middle(line[key]) for line in lines]
+        if any(value is not None for value in values):
+            first = values[0]
+            ratios = [value / first if value is not None and first else None for value in values]
+            found.append({"what": words, "unit": unit, "key": key, "values": values, "ratios": ratios})
+    return found
+
+
+def _middle(figure: Any) -> float | None:
+    if figure is None:
+        return None
+    return float(figure["central"] if isinstance(figure, dict) else figure)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -288,61 +333,3 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-# --- a recorded file of power -----------------------------------------------------------------------------------------
-
-SECONDS = {"s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0}
-WATTS = {"W": 1.0, "mW": 1e-3, "kW": 1e3}
-
-
-def replay(path: Path, *, period: float | None = None) -> dict[str, float]:
-    """Energy of a CSV file of power over time: two columns, each with its unit, as in 'time (s)' and 'power (W)'.
-
-    `period`: seconds between samples; None: the median. Gaps above five of them are not integrated, and told. Raises
-    DataError for a file without units, or with lines that are no numbers.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path)) from error
-    if len(lines) < 3:
-        raise DataError("has fewer than two samples", where=str(path))
-    scales = [_scale(lines[0], table, what, path) for table, what in ((SECONDS, "time"), (WATTS, "power"))]
-    samples = [_sample(line, scales, path, number) for number, line in enumerate(lines[1:], start=2)]
-    steps = np.diff([at for at, _ in samples])
-    if (steps < 0).any():
-        raise DataError("time runs backwards", where=f"{path}:{int(np.argmax(steps < 0)) + 3}")
-    found = Integrator(period=period or float(np.median(steps)))
-    joules = sum(found.add(at, watts) for at, watts in samples)
-    return {
-        "kwh": kwh_of(joules),
-        "joules": joules,
-        "seconds": samples[-1][0] - samples[0][0],
-        "gap_seconds": found.gap_seconds,
-        "missing": found.missing,
-        "clamped": found.clamped,
-    }
-
-
-def _scale(header: Sequence[str], table: dict[str, float], what: str, path: Path) -> tuple[int, float]:
-    """Column and scale of the first heading that ends in a unit of the table."""
-    for column, name in enumerate(header):
-        match = re.search(r"[\s_(\[]([A-Za-z]+)[)\]]?\s*$", name)
-        if match and match[1] in table:
-            return column, table[match[1]]
-    raise DataError(
-        f"no column has a unit of {what}: {', '.join(header)}",
-        where=f"{path}:1",
-        legal=f"a heading that ends in one of {', '.join(table)}, as in 'time (s),power (W)'",
-    )
-
-
-def _sample(line: Sequence[str], scales: Sequence[tuple[int, float]], path: Path, number: int) -> tuple[float, float]:
-    (when, seconds), (what, watts) = scales
-    try:
-        power = line[what].strip()
-        return float(line[when]) * seconds, float(power) * watts if power else math.nan
-    except (ValueError, IndexError):
-        raise DataError(f"is no sample: {','.join(line)}", where=f"{path}:{number}") from None

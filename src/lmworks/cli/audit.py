@@ -30,7 +30,8 @@ def energy(
         str, typer.Option(help="The column of metrics.jsonl that says how good a run is; less is better.")
     ] = "val_bits_per_byte",
     country: Annotated[
-        list[str] | None, typer.Option(help="Tell CO2 on this grid as well; may be given many times.")
+        list[str] | None,
+        typer.Option(help="Tell CO2 on this grid as well, as Poland or US-CA; may be given many times."),
     ] = None,
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Compare grids of other years, or counted in other ways, all the same.")
@@ -46,12 +47,13 @@ def energy(
     Example: lmworks audit energy runs/quickstart --country France --country Poland
     """
     from lmworks.audit import energy as audit
+    from lmworks.audit.power import replay
     from lmworks.core.errors import UsageError
 
     if (power is None) == (not runs):
         raise UsageError("name run folders, or a file with --power", next_step="lmworks audit energy runs/quickstart")
     if power is not None:
-        _power(audit.replay(power), as_json=as_json)
+        _power(replay(power), as_json=as_json)
         return
     assert runs is not None, "there are runs or a file"
     content = audit.report(runs, metric=metric, countries=country or [], allow_mixed=mixed)
@@ -83,17 +85,48 @@ def _text(content: dict[str, Any]) -> str:
         for line in content["lines"]
     ]
     parts = [table(found, header=header)]
+    if len(content["lines"]) == 2 or len({line["hardware"] for line in content["lines"]}) > 1:
+        parts += ["", _beside(content), ""]
     for line in content["lines"]:
         parts += [f"{line['name']}: {kg['central']:.3g} kg CO2e at {grid}" for grid, kg in line["elsewhere"].items()]
         if line["against"] is not None:
             parts.append(_saved(line))
     terms = dict.fromkeys(f"{line['grid']}, PUE {line['pue']:g}" for line in content["lines"])
     parts.append(f"{content['label']}; {'; '.join(terms)}. In brackets: what it may be.")
+    parts += _made(content)
     if content["mixed"]:
         parts.append(f"NOT COMPARABLE: {' and '.join(content['mixed'])}")
     if content["tokens_and_kwh"] is not None:
         parts.append(f"tokens and kWh over all runs: r = {content['tokens_and_kwh']:.3f}")
     return "\n".join(parts)
+
+
+def _beside(content: dict[str, Any]) -> str:
+    """Machines, or recipes, as columns; each after the first with what it is of the first."""
+    lines = content["lines"]
+    names = [f"{line['name']} ({line['hardware']})" for line in lines]
+    header = ["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]
+    currencies = [line["money"]["currency"] for line in lines if line["money"] is not None]
+    own = {"quality": content["metric"], "money": f"money ({', '.join(dict.fromkeys(currencies))})"}
+    rows = []
+    for row in content["beside"]:
+        cells = [own.get(row["key"]) or (f"{row['what']} ({row['unit']})" if row["unit"] else row["what"])]
+        cells.append(_number(row["values"][0]))
+        for value, ratio in zip(row["values"][1:], row["ratios"][1:], strict=True):
+            cells += [_number(value), "-" if ratio is None else f"x {ratio:.3g}"]
+        rows.append(cells)
+    return table(rows, header=header)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _made(content: dict[str, Any]) -> list[str]:
+    """A sentence about making the machines, for lines that have it; never summed with what their energy emitted."""
+    found = [line for line in content["lines"] if line["kg_co2e_embodied"] is not None]
+    told = "; ".join(f"{line['name']} {spread(line['kg_co2e_embodied'])}" for line in found)
+    return [f"kg CO2e of making the machines, not in the above: {told}"] if found else []
 
 
 def _saved(line: dict[str, Any]) -> str:

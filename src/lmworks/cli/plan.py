@@ -38,7 +38,7 @@ def plan(
     cluster: Annotated[str, typer.Option(help="A shipped cluster, or a .toml file of your own.")] = "hgx-h100",
     gpus: Annotated[int | None, typer.Option(help="Devices. Default: those of one node.", min=1)] = None,
     objective: Annotated[Objective, typer.Option(help="What the best plan has least of.")] = Objective.time,
-    region: Annotated[str | None, typer.Option(help="Where it stands, for price and CO2.")] = None,
+    region: Annotated[str | None, typer.Option(help="Where it stands, for price and CO2; Poland, US-CA too.")] = None,
     own: Annotated[bool, typer.Option("--own", help="Cost the recipe's own layout; search none.")] = False,
     show: Annotated[int, typer.Option(help="Plans to show.", min=1)] = SHOWN,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe into this file.")] = None,
@@ -87,7 +87,7 @@ def plan(
     )
     search.refuse_nothing(found)
     told = report.as_json(found, machines) | {"correction": learnt.as_json()}
-    tell(told, as_json=as_json, text=_text(found, machines, decoded, learnt))
+    tell(told, as_json=as_json, text=_text(found, machines, decoded, learnt, region))
     if not found.plans:
         raise typer.Exit(4)
     _delivered(found, machines, write, picture, as_json)
@@ -162,7 +162,7 @@ def _said(text: str, as_json: bool) -> None:
         say(text)
 
 
-def _text(found: Answer, machines: Cluster, recipe: Any, learnt: Correction) -> str:
+def _text(found: Answer, machines: Cluster, recipe: Any, learnt: Correction, region: str | None) -> str:
     """The answer for people."""
     from lmworks.cli.console import table
     from lmworks.plan import report, search
@@ -171,6 +171,7 @@ def _text(found: Answer, machines: Cluster, recipe: Any, learnt: Correction) -> 
     if found.plans:
         lines += [table(report.rows(found.plans), header=report.HEADER), ""]
         lines += report.breakdown(found.plans[0], machines.memory_bytes.value)
+        lines += report.climate(found, found.plans[0], machines, region)
     else:
         lines.append("Nothing fits:")
         lines += [f"  {line}" for line in search.relaxed(found, machines, recipe)]

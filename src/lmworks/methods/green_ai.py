@@ -12,11 +12,14 @@ no loss. What is built is its instrument and its comparison:
 
 | when | what | where |
 | --- | --- | --- |
-| before | energy, CO2, money of devices, hours and watts, as ranges; embodied CO2 | `core/energy/footprint.py` |
-| during | a meter on each machine, by phase, lost work included; on by default | table `energy` of a recipe |
+| before | energy, CO2, money of devices, hours and watts, as ranges | `core/energy/footprint.py` |
+| before | CO2 of making the machines; the hour to start at, on a grid by the hour | `lmworks plan` |
+| during | a meter on each machine, by phase and hour, lost work included; on by default | table `energy` of a recipe |
 | during | a budget, and an end when more energy buys too little | watcher `green-ai` |
 | after | kWh and kg CO2e with place, year, PUE, method and range | `summary.json`, `record.json`, model card |
+| after | CO2 of making the machines, apart; energy above idle power | the same |
 | after | runs side by side: quality against CO2, what each change saved | `lmworks audit energy RUN...` |
+| after | two GPUs compared: time, watts, energy, CO2, money, tokens per joule, ratios | `lmworks audit energy A B` |
 
 ## How it works
 
@@ -41,10 +44,20 @@ a machine reads; machines are summed where ranks meet, so nothing is counted twi
 
     kg CO2e = kWh x PUE x kg per kWh              money = kWh x PUE x price
     before:   kWh = devices x hours x watts / 1000       hours = 6 P D / (devices x peak x efficiency) / 3600
-    embodied: kg  = sum over parts of units x kg per unit x count x days / (5 x 365)
+    by hour:  kg CO2e = PUE x sum over 24 hours of kWh in that hour x kg per kWh of that hour
+    embodied: kg  = sum over parts of units x kg per unit x count x hours / (5 x 365 x 24)
+    above idle: kWh = kWh - idle watts before the run x hours / 1000
 
-P: parameters that a token meets, of a mixture of experts the active ones. Grids are means of a year by country
-(`core/energy/figures/grids.toml`), each with its year; a recipe's own figure has its unit ("409 g/kWh", "900 lb/MWh").
+P: parameters that a token meets, of a mixture of experts the active ones. Grids are means of a year by country, or by
+part of one (`core/energy/figures/grids.toml`, `regions.toml`), each with its year and with what it counts: the life
+cycle of plants, or what they emit. A recipe's own figure has its unit ("409 g/kWh", "900 lb/MWh"), and so has its file
+of a grid by the hour (`energy.hourly`). Joules are kept by the hour of the day, and sum to the total over machines and
+attempts.
+
+**Making the machines** (LLMCarbon's figures, `core/energy/figures/embodied.toml`): processors, memory as installed, the
+rest of the board, dies of GPUs; five years of life; a range from eight years to 3.6 times the figure, which is where
+another published account of the same machine ends. It stands beside the energy's CO2 and is never summed with it. A
+slice of a GPU counts as such, a process by its share of the processors' time.
 
 **The watcher.** It ends the run, saved and summarised, when a budget of `kwh`, `kg_co2e` or `money` is spent, or when
 the validation loss fell by less than `least_gain` nats per kWh, `patience` validations in a row.
@@ -58,6 +71,8 @@ the validation loss fell by less than `least_gain` nats per kWh, `patience` vali
   that shows how little that says.
 - Two GPUs compared, or any two recipes: train both and `lmworks audit energy A B`. Energy is power times time: a board
   of twice the power that takes a third of the time saves.
+- `energy.hourly` where carbon moves with the hour: `lmworks plan` then says when to start, and by how much that helps.
+- `energy.idle_seconds = 10` where the machine would run anyway, and only what the run adds is asked.
 - Each mitigation is a change of recipe: a smaller or shallower model, a tokenizer with fewer tokens per text, another
   precision, early stopping, an optimizer that needs fewer steps, another country. `audit energy` says what each saved
   and whether quality moved by more than the seeds do.
@@ -79,7 +94,12 @@ the validation loss fell by less than `least_gain` nats per kWh, `patience` vali
   NVIDIA are modelled.
 - NVML counts whole boards, RAPL whole packages: other work on them is in the figure.
 - Grids are means of a year: by hour they differ by more than the 25 % that is assumed. A figure of one's own has none.
-- Embodied CO2 is a function, not part of a run's record.
+  No grid by the hour is shipped, and of a file's days only the mean of each hour of the day counts.
+- US states and Chinese provinces have what plants emit alone (China: CO2 alone); Canada's provinces are left out, since
+  the table at hand names neither year nor source.
+- Embodied CO2 leaves out disks, network and the memory on GPUs; a processor's die is 1.47 cm2 whichever it is, and most
+  dies of GPUs are from memory. It may be off by a factor of several, as its range says.
+- Energy above idle power is the whole machine's before the run: other work that comes and goes is in it.
 - No figure of the paper is quoted here: none could be read.
 """
 
@@ -91,9 +111,9 @@ from typing import Any, final
 
 from lmworks.core.errors import Problem
 from lmworks.core.recipe import PositiveFloat, PositiveInt
-from lmworks.train.energy import Bill
 from lmworks.train.probe import Probe
 from lmworks.train.slots import Change, State, StepRecord, Watcher, Watching
+from lmworks.train.spent import Bill
 
 UNITS = {"kwh": "kWh", "kg_co2e": "kg CO2e", "money": "of the price's currency"}
 """What a budget can be of."""

@@ -146,6 +146,12 @@ class Cluster:
     """Each way between a device and its host's memory; left out: saved tensors cannot go there."""
     disk_bytes_per_second: Figure | None = None
     """Of a node's disks, written, one device's share."""
+    node_memory_bytes: Figure | None = None
+    """Of a node's own memory, for what making it cost the climate; left out: that is not told."""
+    sockets: PositiveInt = 2
+    """Processors of a node."""
+    dies: PositiveInt = 1
+    """Devices that one board holds."""
     links: tuple[Level, ...]
     """The fastest first."""
     watts: Figure

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmworks.core import recipe as recipes
+from lmworks.core.energy.footprint import LIFE_YEARS
 from lmworks.parallel.footprint import WORDS, in_words
-from lmworks.plan.bill import KWH
+from lmworks.plan.bill import KWH, by_start, carbon_in
 from lmworks.plan.cluster import Cluster
 from lmworks.plan.search import ROOM, Answer, Plan, as_recipe, described
 from lmworks.plan.time import CLASSES
@@ -88,6 +89,24 @@ def breakdown(plan: Plan, memory_bytes: float) -> list[str]:
     return lines
 
 
+def climate(answer: Answer, plan: Plan, cluster: Cluster, region: str | None) -> list[str]:
+    """With which grid CO2 is told, what making the machines adds apart from it, and when a run had best begin."""
+    made, profile, grid = plan.bill.made_kg, answer.ground.recipe.energy.profile(), carbon_in(cluster, region)
+    lines = [f"kg CO2 at {grid[1]}"] if grid is not None else []
+    if made is not None:
+        text = f"{number_in_words(made.central)} ({number_in_words(made.low)} to {number_in_words(made.high)})"
+        lines.append(f"making the machines, the run's share of {LIFE_YEARS:g} years, not in the above: {text} kg CO2")
+    if profile is not None:
+        kg = [start.central for start in by_start(profile, plan.bill)]
+        best, worst = kg.index(min(kg)), kg.index(max(kg))
+        less = 100 * (1 - kg[best] / kg[worst]) if kg[worst] > 0 else 0.0
+        lines.append(
+            f"started at {best:02}:00 UTC: {number_in_words(kg[best])} kg CO2, {less:.1f} % less than at {worst:02}:00 "
+            f"({number_in_words(kg[worst])} kg), by {profile.file} ({profile.place}, {profile.year}: {profile.source})"
+        )
+    return lines
+
+
 def refusals(answer: Answer, cluster: Cluster) -> list[str]:
     """Why the other layouts were refused."""
     room = in_words(int(ROOM * cluster.memory_bytes.value))
@@ -134,10 +153,17 @@ def as_json(answer: Answer, cluster: Cluster) -> dict[str, Any]:
                 "joules": plan.bill.kwh * KWH,
                 "dollars": plan.bill.dollars,
                 "co2_kg": plan.bill.co2_kg,
+                "co2_embodied_kg": None if plan.bill.made_kg is None else plan.bill.made_kg.to_json(),
+                "co2_kg_by_start_utc": _by_start(answer, plan),
             }
             for plan in answer.plans
         ],
     }
+
+
+def _by_start(answer: Answer, plan: Plan) -> list[float] | None:
+    profile = answer.ground.recipe.energy.profile()
+    return None if profile is None else [kg.central for kg in by_start(profile, plan.bill)]
 
 
 def _told(choice: Any, memory: Any) -> dict[str, Any]:

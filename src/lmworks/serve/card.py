@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lmworks.core.energy.grid import in_words
+from lmworks.core.energy.grid import in_words, spread
 from lmworks.model.backbone import Backbone
 
 
@@ -30,7 +30,7 @@ def card_of(
         "source": f"`{source}`",
     }
     facts |= _results(run) if run is not None else {}
-    facts |= {"energy and CO2 of the run": in_words(energy)} if energy is not None else {}
+    facts |= _energy_facts(energy) if energy is not None else {}
     parts = [
         "\n".join([*head, "---"]),
         f"# {name}",
@@ -65,8 +65,19 @@ def _energy(run: Path) -> dict[str, Any] | None:
     return {**record["energy"], "training_type": "fine-tuning" if record.get("pretrained") else "pre-training"}
 
 
+def _energy_facts(energy: dict[str, Any]) -> dict[str, str]:
+    """Rows of the card's table: what the run took, and where its machines' making was counted, what fell on it."""
+    found = {"energy and CO2 of the run": in_words({**energy, "embodied": None})}
+    made = energy.get("embodied")
+    if made is not None:
+        parts = ", ".join(piece["part"] for piece in made["parts"])
+        share = f"{made['seconds'] / 3600:.3g} h of {made['life_years']:g} years"
+        found["CO2 of making the machines, apart"] = f"{spread(made['kg_co2e'])} kg CO2e ({share}; {parts})"
+    return found
+
+
 def _emissions(energy: dict[str, Any]) -> list[str]:
-    """The card's field for the hub: grams of CO2e, with how and where."""
+    """The card's field for the hub: grams of CO2e that the run's energy emitted, with how and where."""
     place = energy["place"] if energy["place_known"] else f"not known; {energy['place']}'s mean grid"
     facts = {
         "emissions": 1e3 * energy["kg_co2e"]["central"],

@@ -10,8 +10,8 @@ from lmworks.core.errors import Problem
 from lmworks.core.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Slot
 from lmworks.data.packed import Packed
 from lmworks.parallel.layout import Arrangement, Layout
-from lmworks.train.energy import Metering
 from lmworks.train.gradient import Clip
+from lmworks.train.metering import Metering
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.save import Saving
 from lmworks.train.saved import Keep

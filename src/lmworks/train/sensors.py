@@ -188,17 +188,23 @@ def by_load(tdp: Range, busy: Callable[[], tuple[float, float]]) -> Callable[[fl
     return spent
 
 
-def by_share(tdp: Range, busy: Callable[[], float], cores: int) -> Callable[[float], Range]:
-    """Power by the share of a machine's processor time that a process took; `busy`: its seconds so far."""
+def share_of_time(busy: Callable[[], float], cores: int) -> Callable[[float], float]:
+    """The share of a machine's processor time, 0 to 1, that a process took of the last so many seconds; `busy`: its
+    seconds so far."""
     last = busy()
 
-    def spent(seconds: float) -> Range:
+    def share(seconds: float) -> float:
         nonlocal last
         before, last = last, busy()
-        share = (last - before) / (seconds * cores) if seconds > 0 else 0.0
-        return cpu_watts_of_share(share, tdp).times(seconds)
+        return min(max((last - before) / (seconds * cores), 0.0), 1.0) if seconds > 0 else 0.0
 
-    return spent
+    return share
+
+
+def by_share(tdp: Range, busy: Callable[[], float], cores: int) -> Callable[[float], Range]:
+    """Power by the share of a machine's processor time that a process took; `busy`: its seconds so far."""
+    share = share_of_time(busy, cores)
+    return lambda seconds: cpu_watts_of_share(share(seconds), tdp).times(seconds)
 
 
 def machine_busy() -> tuple[float, float]:
@@ -234,7 +240,7 @@ def sensors(
     found: list[Sensor] = []
     notes: list[str] = []
     if device.type == "cuda":
-        found += _gpus(_boards(device, counts), nvml or _nvml(notes), period, notes)
+        found += _gpus(boards(device, counts), nvml or _nvml(notes), period, notes)
     if counts == "process":
         watts, text = _tdp(tdp)
         model = by_share(watts, process_busy, os.cpu_count() or 1)
@@ -258,7 +264,7 @@ def _tdp(given: float | None) -> tuple[Range, str]:
     return cpu_tdp(name, sockets=sockets, threads=threads)
 
 
-def _boards(device: torch.device, counts: str) -> list[int]:
+def boards(device: torch.device, counts: str) -> list[int]:
     """torch's numbers of the GPUs that this meter answers for: the ranks' of this machine, or this rank's own."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if counts == "process" or local == 1:

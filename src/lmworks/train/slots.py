@@ -27,8 +27,8 @@ from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.sizes import BlockBytes, Held
 from lmworks.parallel.shard import local
-from lmworks.train.energy import Bill
 from lmworks.train.ledger import Forward, Ledger, counted
+from lmworks.train.spent import Bill
 
 if TYPE_CHECKING:
     from lmworks.train.offload import TensorCache

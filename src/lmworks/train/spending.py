@@ -13,7 +13,9 @@ from lmworks.core.events import Events
 from lmworks.core.journal import rows
 from lmworks.core.run import RunFolder
 from lmworks.parallel.wire import Wire
-from lmworks.train.energy import Account, Bill, Meter, Metering, bill_of, told
+from lmworks.train.energy import Account, Meter
+from lmworks.train.metering import Metering
+from lmworks.train.spent import Bill, bill_of, told
 
 EVERY = 10.0
 """Seconds between two energy events: what a kill can hide from the attempt that follows."""

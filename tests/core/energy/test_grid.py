@@ -9,6 +9,7 @@ from lmworks.core.energy.grid import (
     figures,
     intensity_of,
     mixed,
+    near_place,
     own_intensity,
     price_of,
     pue_of,
@@ -53,6 +54,41 @@ def test_the_world_stands_in_with_a_flag(country: str | None) -> None:
     assert "PLACE NOT KNOWN" in found.in_words()
     assert found.grams.low < 50
     assert found.grams.high > 700
+
+
+@pytest.mark.parametrize(
+    ("place", "grams", "name", "year", "scope"),
+    [
+        ("US-CA", 394.769 * 0.45359237, "California, United States", 2023, "direct"),
+        ("us-tx", 771.179 * 0.45359237, "Texas, United States", 2023, "direct"),
+        ("CN-SC", 156.4, "Sichuan, China", 2023, "direct"),
+        ("NO4", 51.7, "Northern Norway, Norway", 2025, "life-cycle"),
+    ],
+)
+def test_parts_of_countries(place: str, grams: float, name: str, year: int, scope: str) -> None:
+    found = intensity_of(place)
+    assert found.known
+    assert found.grams.central == pytest.approx(grams)
+    assert (found.place, found.year, found.scope) == (name, year, scope)
+    assert ("direct emissions only" in found.in_words()) == (scope == "direct")
+
+
+def test_every_part_has_its_year_and_its_source() -> None:
+    tables = [table for table in figures("regions").values() if isinstance(table, dict)]
+    assert [len(table["places"]) for table in tables] == [51, 30, 3, 5]
+    for table in tables:
+        assert table["source"]
+        assert 2020 <= table["year"] <= 2026
+        assert table["unit"] in INTENSITIES
+        assert all(0 < row["value"] < 2500 for row in table["places"].values())
+    assert near_place("US-CX").startswith("; did you mean 'US-")
+
+
+def test_direct_and_life_cycle_figures_do_not_mix() -> None:
+    here, there = intensity_of("FRA"), intensity_of("US-CA")
+    assert mixed([here, there]) == ["direct and life-cycle emissions"]
+    own = own_intensity("60 g/kWh", year=2023, basis="location", place=None)
+    assert mixed([there, own]) == []
 
 
 def test_own_figures() -> None:

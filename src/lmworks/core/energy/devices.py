@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from lmworks.core.energy.footprint import Range
@@ -15,13 +16,16 @@ MOST_THREADS = 384
 
 def named(name: str, kind: str) -> tuple[str, float] | None:
     """Entry and watts of a device in the table of 'cpus' or 'gpus'; None when it is not there."""
-    plain = " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b", " ", name).split())
     table: dict[str, float] = figures("devices")[kind]["watts"]
-    found = [entry for entry in table if re.search(rf"(?<![\w+]){re.escape(entry)}(?![\w+])", plain)]
-    if not found:
-        return None
-    longest = max(found, key=len)
-    return longest, float(table[longest])
+    found = longest(name, table)
+    return None if found is None else (found, float(table[found]))
+
+
+def longest(name: str, entries: Iterable[str]) -> str | None:
+    """The longest entry that is part of the name which a device gives itself; None where none is."""
+    plain = " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b", " ", name).split())
+    found = [entry for entry in entries if re.search(rf"(?<![\w+]){re.escape(entry)}(?![\w+])", plain)]
+    return max(found, key=len, default=None)
 
 
 def cpu_tdp(name: str, *, sockets: int = 1, threads: int | None = None) -> tuple[Range, str]:

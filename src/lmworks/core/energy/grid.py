@@ -16,6 +16,8 @@ from lmworks.core.errors import UsageError, did_you_mean
 FIGURES = Path(__file__).parent / "figures"
 Basis = Literal["location", "market"]
 """Location: what the grid of a place emits. Market: what contracts say; the two are never summed."""
+Scope = Literal["life-cycle", "direct"]
+"""Life-cycle: the making of plants and fuels is in a figure. Direct: only what plants emit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,15 @@ class Intensity:
     source: str
     known: bool = True
     """Whether the place itself is known; otherwise this is the world's mean."""
+    scope: Scope | None = None
+    """None: a person gave the figure."""
 
     def in_words(self) -> str:
         """One line: figure, place, year, basis."""
         year = "year not given" if self.year is None else str(self.year)
         flag = "" if self.known else "; PLACE NOT KNOWN, the world's mean stands in"
-        return f"{self.grams.central:.0f} g/kWh ({self.place}, {year}, {self.basis}-based{flag})"
+        scope = ", direct emissions only" if self.scope == "direct" else ""
+        return f"{self.grams.central:.0f} g/kWh ({self.place}, {year}, {self.basis}-based{scope}{flag})"
 
     def to_json(self) -> dict[str, Any]:
         """For a run's record."""
@@ -46,6 +51,7 @@ class Intensity:
             "place_known": self.known,
             "year": self.year,
             "basis": self.basis,
+            "scope": self.scope,
             "source": self.source,
         }
 
@@ -68,12 +74,13 @@ def figures(name: str) -> dict[str, Any]:
 # --- carbon -----------------------------------------------------------------------------------------------------------
 
 
-def intensity_of(country: str | None) -> Intensity:
-    """The grid of a country, by its three letters (ISO 3166) or its English name; None, or a country that is not in
-    the table: the world's mean, from the cleanest to the dirtiest grid, with `known` false."""
+@cache
+def intensity_of(place: str | None) -> Intensity:
+    """The grid of a country, by its three letters (ISO 3166) or its English name, or of a part of one ("US-CA"); None,
+    or a place that is in no table: the world's mean, from the cleanest to the dirtiest grid, with `known` false."""
     table = figures("grids")
     rows = table["countries"]
-    code = country_code(country) if country is not None else None
+    code = place_code(place) if place is not None else None
     if code is None:
         world, all_of_them = table["world"], [row["g_per_kwh"] for row in rows.values()]
         return Intensity(
@@ -83,7 +90,10 @@ def intensity_of(country: str | None) -> Intensity:
             basis=table["basis"],
             source=world["source"],
             known=False,
+            scope=table["scope"],
         )
+    if code not in rows:
+        return _of_region(code)
     row = rows[code]
     return Intensity(
         grams=Range.around(row["g_per_kwh"], figures("assumed")["grid"]["share"]),
@@ -91,21 +101,43 @@ def intensity_of(country: str | None) -> Intensity:
         year=row["year"],
         basis=table["basis"],
         source=table["source"],
+        scope=table["scope"],
     )
 
 
-def country_code(country: str) -> str | None:
-    """The three letters of a country that is in the table; None for another."""
-    rows = figures("grids")["countries"]
-    if country.upper() in rows:
-        return country.upper()
-    return next((code for code, row in rows.items() if row["name"].casefold() == country.casefold()), None)
+def _of_region(code: str) -> Intensity:
+    """The grid of a part of a country, by its name in `figures/regions.toml`."""
+    table = next(table for table in _regions().values() if code in table["places"])
+    row = table["places"][code]
+    grams = grams_per_kwh(row["value"], table["unit"])
+    return Intensity(
+        grams=Range.around(grams, figures("assumed")["grid"]["share"]),
+        place=f"{row['name']}, {table['country']}",
+        year=table["year"],
+        basis=figures("regions")["basis"],
+        source=table["source"],
+        scope=table["scope"],
+    )
 
 
-def near_country(country: str) -> str:
-    """The end of a sentence that names the nearest country of the table."""
+def _regions() -> dict[str, Any]:
+    """Tables of `figures/regions.toml`, by country."""
+    return {name: table for name, table in figures("regions").items() if isinstance(table, dict)}
+
+
+def place_code(place: str) -> str | None:
+    """The letters of a country, or of a part of one, that is in a table; None for another."""
     rows = figures("grids")["countries"]
-    return did_you_mean(country, [*rows, *(row["name"] for row in rows.values())])
+    if place.upper() in rows or any(place.upper() in table["places"] for table in _regions().values()):
+        return place.upper()
+    return next((code for code, row in rows.items() if row["name"].casefold() == place.casefold()), None)
+
+
+def near_place(place: str, others: Iterable[str] = ()) -> str:
+    """The end of a sentence that names the nearest place of the tables, or of `others`."""
+    rows = figures("grids")["countries"]
+    regions = [code for table in _regions().values() for code in table["places"]]
+    return did_you_mean(place, [*others, *rows, *(row["name"] for row in rows.values()), *regions])
 
 
 def own_intensity(text: str, *, year: int | None, basis: Basis, place: str | None) -> Intensity:
@@ -120,9 +152,11 @@ def mixed(found: Iterable[Intensity]) -> list[str]:
     """Why carbon of these may not be summed or ranked without a word: other years, or other ways of counting."""
     found = list(found)
     bases = sorted({each.basis for each in found})
+    scopes = sorted({each.scope for each in found if each.scope is not None})
     years = sorted({"not given" if each.year is None else str(each.year) for each in found})
     return [
         *([f"{' and '.join(f'{basis}-based' for basis in bases)} figures"] if len(bases) > 1 else []),
+        *([f"{' and '.join(scopes)} emissions"] if len(scopes) > 1 else []),
         *([f"grids of the years {', '.join(years)}"] if len(years) > 1 else []),
     ]
 
@@ -173,12 +207,20 @@ def quantity(text: str, units: Iterable[str], *, what: str) -> tuple[float, str]
 
 
 def in_words(facts: Mapping[str, Any]) -> str:
-    """The energy facts of a record in one line: energy, carbon, method, place, year, PUE."""
+    """The energy facts of a record in one line: energy, carbon, method, place, year, PUE; making the machines apart."""
     kwh, kg, pue = facts["kwh"], facts["kg_co2e"], facts["pue"]["central"]
     year = facts["year"] if facts["year"] is not None else "year not given"
     flag = "" if facts["place_known"] else ", PLACE NOT KNOWN"
+    scope = ", direct emissions only" if facts.get("scope") == "direct" else ""
+    by_hour = ", by the hour" if facts.get("hourly") else ""
     place = f"{facts['place']} {year}{flag}, {facts['g_per_kwh']['central']:.0f} g/kWh {facts['basis']}-based"
-    return f"{spread(kwh)} kWh {facts['method']}, {spread(kg)} kg CO2e ({place}, PUE {pue:g})"
+    text = f"{spread(kwh)} kWh {facts['method']}, {spread(kg)} kg CO2e ({place}{scope}{by_hour}, PUE {pue:g})"
+    if facts.get("above_idle"):
+        busier = " (THE MACHINES WERE BUSIER BEFORE)" if facts["above_idle"]["busier_before"] else ""
+        text += f"; {spread(facts['above_idle']['kwh'])} kWh of it above idle power{busier}"
+    if facts.get("embodied"):
+        text += f"; apart from that {spread(facts['embodied']['kg_co2e'])} kg CO2e of making the machines"
+    return text
 
 
 def spread(figures: Mapping[str, float]) -> str:
