@@ -160,7 +160,8 @@ def test_the_token_becomes_a_cookie_that_scripts_do_not_see(runs: Path) -> None:
 def test_names_and_texts_of_strangers_stay_data(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     path = folders.make(root / HOSTILE, optimizer={"use": HOSTILE})
-    folders.append(path / "samples.jsonl", [{"step": HOSTILE, "prompt": HOSTILE, "text": "</script>\ud800"}])
+    with (path / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": HOSTILE, "prompt": HOSTILE, "text": "</script>\ud800"}) + "\n")
     folders.append(path / "metrics.jsonl", [{"step": 201, "loss": 2.0, HOSTILE: 1.0}])
     client = TestClient(make(Board([root]), Guard.of("127.0.0.1", 1)), base_url="http://127.0.0.1")
     answer = client.get("/api/runs")

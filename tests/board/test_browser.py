@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lmworks.core.run import RunFolder
-from tests.board import browser, folders
+from tests.board import folders
+from tools.board import browser
 
 pytestmark = [
     pytest.mark.slow,

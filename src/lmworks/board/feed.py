@@ -8,7 +8,7 @@ from itertools import islice
 from xml.etree import ElementTree
 
 from lmworks.prove import report
-from lmworks.prove.evidence import Evidence
+from lmworks.prove.evidence import Evidence, when
 
 ATOM = "http://www.w3.org/2005/Atom"
 MOST = 50
@@ -47,10 +47,9 @@ def _lines(evidence: Evidence) -> list[str]:
 
 
 def _moment(evidence: Evidence) -> str:
-    """Evidence knows its day; the number of the day orders what was made on one."""
-    _, _, number = evidence.path.stem[10:].partition("-")
-    minute = min(int(number), 59) if number.isdigit() else 1
-    return f"{evidence.date}T00:{minute:02d}:00Z"
+    """Evidence knows its day; its number of the day, in minutes, orders what was made on one."""
+    _, number = when(evidence.path)
+    return f"{evidence.date}T00:{min(number, 59):02d}:00Z"
 
 
 def _add(parent: ElementTree.Element, name: str, text: str | None = None, **attributes: str) -> ElementTree.Element:

@@ -12,7 +12,7 @@ from lmworks.core import catalogue
 from lmworks.core.errors import LmworksError
 from lmworks.core.papers import METHODS
 from lmworks.prove import report
-from lmworks.prove.evidence import Evidence
+from lmworks.prove.evidence import Evidence, when
 from lmworks.prove.ledger import Entry, entries, entry, page, parts_of
 
 FRESH = 5.0
@@ -65,7 +65,7 @@ class Ledger:
     def evidence(self) -> Iterator[tuple[str, Evidence]]:
         """All evidence of all methods, newest first, with the method's name."""
         found = [(one.name, evidence) for one in self.entries() for evidence in one.evidence]
-        return iter(sorted(found, key=lambda pair: (pair[1].date, pair[1].path.name, pair[0]), reverse=True))
+        return iter(sorted(found, key=lambda pair: (when(pair[1].path), pair[0]), reverse=True))
 
 
 def _row(found: Entry) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def board(*arguments: str | Path) -> Iterator[str]:
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A browser without a window."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415  (tests that skip without it import this file)
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=PROGRAM, args=list(OPTIONS))
