@@ -129,7 +129,7 @@ def test_no_page_is_wider_than_its_window_or_complains(chromium: Any, address: s
         known = ids(page, address)
         for place in PAGES:
             page.goto(f"{address}#/{place.format(id=known[name], other=known['killed'])}")
-            page.wait_for_function("!document.body.innerText.includes('Reading …')")
+            page.locator(".reading").first.wait_for(state="detached")
             page.wait_for_timeout(150)
             wide = page.evaluate("document.scrollingElement.scrollWidth")
             assert wide <= width, f"{place} is {wide} wide"
@@ -145,7 +145,8 @@ def test_curves_are_drawn_and_the_axis_is_in_the_address(page: Any, address: str
     canvas.wait_for()
     assert not canvas.evaluate(BLANK)
     page.get_by_label("x", exact=True).select_option("joules_so_far")
-    page.wait_for_function("document.body.innerText.includes('joules')")
+    page.get_by_role("group", name="Loss", exact=True).wait_for()
+    assert "x=joules_so_far" in page.url
     page.reload()
     page.locator(".plot canvas").first.wait_for()
     assert page.get_by_label("x", exact=True).input_value() == "joules_so_far"
@@ -187,7 +188,7 @@ def test_methods_are_searched_and_opened(page: Any, address: str) -> None:
     assert page.get_by_label("Search papers").input_value() == "curvature"
     page.get_by_label("verdict").select_option("planned")
     page.get_by_label("Search papers").fill("")
-    page.wait_for_function("document.querySelectorAll('.methods li').length > 10")
+    page.locator(".methods li").nth(10).wait_for()
     assert page.locator(".methods li .verdict").first.inner_text().endswith("planned")
 
 

@@ -1,6 +1,6 @@
 """Pictures of every page of the board, to be looked at, and the one of docs/guides/board.md.
 
-python tools/board/pictures.py RUNS... --out FOLDER [--phone] [--dark]
+python tools/board/pictures.py RUNS... --out FOLDER [--first NAME] [--phone] [--dark]
 python tools/board/pictures.py RUNS... --docs
 """
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", type=Path, default=Path("pictures"))
+    parser.add_argument("--first", default="", help="the run to look at, by its name")
     parser.add_argument("--phone", action="store_true")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--docs", action="store_true")
@@ -46,6 +47,7 @@ def main() -> None:
         asked.out.mkdir(parents=True, exist_ok=True)
         shown(page, address, "runs")
         links = page.query_selector_all(".run .name")
+        links.sort(key=lambda link: link.inner_text() != asked.first)
         ids = [link.get_attribute("href").split("/")[2] for link in links[:2]]
         for name, place in PAGES.items():
             shown(page, address, place.format(*ids, *ids))
@@ -56,7 +58,7 @@ def shown(page: Any, address: str, place: str) -> None:
     """Open a page and wait until it has what it needs."""
     page.goto(f"{address}#/{place}")
     page.wait_for_selector("h1", timeout=20_000)
-    page.wait_for_function("!document.body.innerText.includes('Reading …')", timeout=60_000)
+    page.locator(".reading").first.wait_for(state="detached", timeout=60_000)
     page.wait_for_timeout(700)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lmworks.prove import report
 from lmworks.prove.evidence import Evidence, when
 from lmworks.prove.ledger import Entry, entries, entry, page, parts_of
 
+VERDICTS = ("holds", "not seen", "contrary", "confounded", "refused")
+"""In this order."""
 FRESH = 5.0
 """Seconds for which the ledger is not read again."""
 
@@ -82,6 +85,7 @@ def _row(found: Entry) -> dict[str, Any]:
         "planned": method.planned,
         "state": found.state,
         "verdicts": _verdicts(found),
+        "counts": dict(Counter(str(finding["verdict"]) for finding in newest.findings)) if newest else {},
         "claimed": len(found.claims),
         "date": newest.date if newest else None,
         "commit": newest.commit if newest else None,
@@ -98,8 +102,8 @@ def _verdicts(found: Entry) -> list[str]:
     if not found.evidence:
         return ["no evidence yet"]
     newest = found.evidence[-1]
-    words = dict.fromkeys(str(finding["verdict"]) for finding in newest.findings)
-    return [*words, *(["stale"] if newest.stale() else [])]
+    found_now = {str(finding["verdict"]) for finding in newest.findings}
+    return [*(word for word in VERDICTS if word in found_now), *(["stale"] if newest.stale() else [])]
 
 
 def evidence_facts(evidence: Evidence) -> dict[str, Any]:

@@ -25,6 +25,8 @@ NAMES = 64
 """Kinds of spans that are told apart."""
 TOLD = 200
 """Failures, notes and changes that are kept, the newest."""
+TELLING = ("note", "change", "alert", "failed", "stopped")
+"""Events that a person reads as they are."""
 ALONE = ("step", "validate", "save", "sample")
 """Spans of a rank's main stream that do not lie inside each other: they add up to its time."""
 
@@ -118,9 +120,10 @@ class System:
         elif name == "energy":
             self.energy = table_of(attrs.get("account"))
         elif name == "sent":
-            facts = {key: attrs.get(key) for key in ("axis", "operation", "calls")}
-            self.sent.append({"rank": rank, "bytes": number(event.get("bytes")), **facts})
-        elif name in ("note", "change", "alert", "failed", "stopped", "start") or name.endswith(" failed"):
+            facts = {key: text(attrs.get(key), 80) for key in ("axis", "operation")}
+            sizes = {"calls": number(attrs.get("calls")), "bytes": number(event.get("bytes"))}
+            self.sent.append({"rank": rank, **facts, **sizes})
+        elif name in TELLING or name.endswith(" failed") or (name == "start" and rank == 0):
             said = next((attrs[key] for key in ("text", "reason", "resumed_from") if attrs.get(key)), "")
             self.told.append({"at": at, "step": step, "rank": rank, "name": name, "text": text(said, 2000)})
 
@@ -200,7 +203,8 @@ class System:
         left_out = max(0, len(chosen) - SHOWN)
         chosen = sorted(chosen, key=lambda span: span[4])[left_out:]
         lanes = sorted({(rank, stream) for rank, stream, *_ in chosen})
-        names = sorted({name for _, _, name, *_ in chosen})
+        there = {name for _, _, name, *_ in chosen}
+        names = [name for name in self.names() if name in there]
         zero = min((span[4] for span in chosen), default=0.0)
         return {
             "zero": zero,

@@ -1,12 +1,13 @@
 // Curves with uPlot. A series has x and y of its own; they are laid on one axis here. The legend says the values under
 // the pointer; drag to zoom, double click to see all again.
 import { html, uPlot, useEffect, useRef, useState } from "./vendor.js";
-import { count, figure } from "./words.js";
+import { bytes, count, figure, tick } from "./words.js";
 
 export const COLOURS = 8;
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 export const colourOf = (place) => css(`--c${place % COLOURS}`);
+const POWERS = Array.from({ length: 50 }, (_, i) => 2 ** i);
 const THEME = matchMedia("(prefers-color-scheme: dark)");
 
 // Renders again when the reader's light or dark setting changes: canvases do not know CSS.
@@ -38,7 +39,7 @@ const axis = (label, format, size) => ({
   grid: { stroke: css("--line"), width: 1 },
   ticks: { stroke: css("--line"), width: 1, size: 4 },
   values: (_, values) => values.map((value) => (value === null ? "" : format(value))),
-  ...(size ? { size } : {}),
+  size,
 });
 
 function options(plot, width, onCursor) {
@@ -64,7 +65,7 @@ function options(plot, width, onCursor) {
       x: { time: false, distr: logX ? 3 : 1 },
       y: { distr: logY ? 3 : 1 },
     },
-    axes: [axis(xlabel, formatX), axis(ylabel, format, 62)],
+    axes: [axis(xlabel, formatX, 28), { ...axis(ylabel, format === figure ? tick : format, format === bytes ? 80 : 68), ...(format === bytes ? { incrs: POWERS } : {}) }],
     series: [{}, ...series.map(style)],
     hooks: { setCursor: [onCursor] },
   };

@@ -4,7 +4,7 @@ import { useData } from "./data.js";
 import { Plot } from "./draw.js";
 import { Loading, Search, Select, Table, Verdict } from "./parts.js";
 import { to } from "./route.js";
-import { bytes, figure } from "./words.js";
+import { bytes } from "./words.js";
 
 const ORDERS = {
   name: (a, b) => a.name.localeCompare(b.name),
@@ -40,7 +40,7 @@ export function Methods({ query }) {
       <div class="head"><h2><a href=${to(["methods", one.name])}>${one.name}</a> <small>${one.year}</small></h2><div class="chips">${one.fills.map((fill) => html`<span class="chip">${fill}</span>`)}</div></div>
       <p>${one.line}</p>
       <p class="paper">${one.title}</p>
-      <p class="verdicts">${one.verdicts.map((word) => html`<${Verdict} word=${word} />`)}${one.date && html` <span class="soft">${one.grade}, ${one.date} at ${one.commit}</span>`}</p>
+      <p class="verdicts">${one.verdicts.map((word) => html`<${Verdict} word=${word} times=${one.counts[word]} />`)}${one.date && html` <span class="soft">${one.grade}, ${one.date} at ${one.commit}</span>`}</p>
     </li>`)}</ul>
     ${shown.length === 0 && html`<p class="empty">No method is like that.</p>`}`;
 }
@@ -50,7 +50,7 @@ export function Method({ name }) {
   if (!method) return html`<${Loading} error=${error} />`;
   return html`
     <p class="crumbs"><a href=${to(["methods"])}>Methods</a></p>
-    <div class="head"><h1>${method.name} <small>${method.year}</small></h1><p class="verdicts">${method.verdicts.map((word) => html`<${Verdict} word=${word} />`)}</p></div>
+    <div class="head"><h1>${method.name} <small>${method.year}</small></h1><p class="verdicts">${method.verdicts.map((word) => html`<${Verdict} word=${word} times=${method.counts[word]} />`)}</p></div>
     <p class="paper">${method.title}</p>
     <div class="chips">${method.fills.map((fill) => html`<a class="chip" href=${to(["methods"], { slot: fill })}>${fill}</a>`)}</div>
     ${method.planned && html`<p class="empty">Planned: ${method.line}. There is no code of it yet.</p>`}
@@ -75,7 +75,7 @@ function Evidence({ found, open }) {
       <span class="soft">seen ${one.seen} (${one.interval}), bound ${one.bound}, could have seen ${one.could_see}. ${one.why}</span></li>`)}</ul>
     ${series.length > 0 && html`<${Plot} series=${series} xlabel=${found.axis} ylabel=${found.metric} height=${300} label=${`${found.metric} over ${found.axis}, mean over seeds`} sync=${found.file} />`}
     <${Table} label="Arms" numeric=${[2, 3, 4, 5, 6]} head=${["arm", "tuned", "tuning runs", "steps", found.metric, "seconds", "peak MiB"]} rows=${found.arms.map((arm) => [arm.name, arm.tuned, arm.tried, arm.steps, arm.metric, arm.seconds, arm.memory])} />
-    <p class="soft">${found.hardware?.processor ?? ""}${found.hardware?.gpu ? `, ${found.hardware.gpu}` : ""}, ${figure(found.hardware?.cores)} cores, ${bytes(found.hardware?.memory_bytes)}, ${found.hardware?.system ?? ""}; torch ${found.versions?.torch ?? "?"}; seeds ${(found.seeds ?? []).join(", ")}; <code>${(found.command ?? []).join(" ")}</code></p>
+    <p class="soft">${found.hardware?.processor ?? ""}${found.hardware?.gpu ? `, ${found.hardware.gpu}` : ""}, ${found.hardware?.cores ?? "?"} cores, ${bytes(found.hardware?.memory_bytes)}, ${found.hardware?.system ?? ""}; torch ${found.versions?.torch ?? "?"}; seeds ${(found.seeds ?? []).join(", ")}; <code>${(found.command ?? []).join(" ")}</code></p>
   </details>`;
 }
 

@@ -11,11 +11,11 @@ export const Status = ({ word, why }) =>
 const VERDICTS = { holds: "✓", "not seen": "○", contrary: "✕", refused: "–", confounded: "≠", stale: "↻", planned: "·", "no evidence yet": "·" };
 
 export const Verdict = ({ word, times }) =>
-  html`<span class="verdict v-${word.replaceAll(" ", "-")}"><span aria-hidden="true">${VERDICTS[word] ?? "?"}</span> ${times > 1 ? `${times} ` : ""}${word}</span>`;
+  html`<span class="verdict v-${word.replaceAll(" ", "-")}"><span aria-hidden="true">${VERDICTS[word] ?? "?"}</span> ${times ? `${times} ` : ""}${word}</span>`;
 
 export const Tile = ({ name, value, note }) => html`<div class="tile"><dt>${name}</dt><dd>${value}${note && html`<small>${note}</small>`}</dd></div>`;
 
-export const Loading = ({ error }) => (error ? html`<p class="empty" role="alert">${error}</p>` : html`<p class="empty">Reading …</p>`);
+export const Loading = ({ error }) => (error ? html`<p class="empty" role="alert">${error}</p>` : html`<p class="empty reading">Reading …</p>`);
 
 export const Select = ({ label, name, value, choices, first }) => html`
   <label class="control">${label}

@@ -6,7 +6,7 @@ import { Loading, Status, Table, Tile } from "./parts.js";
 import { Plan } from "./plan.js";
 import { to } from "./route.js";
 import { System } from "./system.js";
-import { bytes, clock, count, energy, figure, percent } from "./words.js";
+import { bytes, clock, count, energy, figure, flops, percent } from "./words.js";
 
 const TABS = [
   ["curves", "Curves"],
@@ -66,7 +66,7 @@ function Record({ run }) {
     ["lmworks", record.code && `${record.code.version} ${record.code.commit ? `at ${record.code.commit.slice(0, 10)}${record.code.dirty ? " with changes" : ""}` : ""}`],
     ["recipe, SHA-256", record.recipe_sha256],
     ["parameters", record.parameters],
-    ["rate of the hardware", record.peak_flops && `${count(record.peak_flops)}FLOP/s, ${record.peak_flops_source}`],
+    ["rate of the hardware", record.peak_flops && `${flops(record.peak_flops)}, ${record.peak_flops_source}`],
     ["went on from", record.parent?.path],
   ].filter(([, value]) => value !== null && value !== undefined && value !== "");
   const tables = ["hardware", "versions"].filter((name) => record[name]);

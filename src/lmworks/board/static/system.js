@@ -18,8 +18,19 @@ export function System({ id, run, query, live }) {
     <${Timeline} found=${value.timeline} steps=${steps} />
     <${Happened} told=${run.told} />
     ${run.sent.length > 0 && html`<section class="panel"><h2>Sent between ranks</h2>
-      <${Table} label="Sent between ranks" numeric=${[0, 3, 4]} head=${["rank", "axis", "operation", "calls", "bytes"]} rows=${run.sent.map((one) => [one.rank, String(one.axis), String(one.operation), count(one.calls), bytes(one.bytes)])} /></section>`}
+      <${Table} label="Sent between ranks" numeric=${[2, 3, 4]} head=${["axis", "operation", "ranks", "calls", "bytes of all"]} rows=${together(run.sent)} /></section>`}
   `;
+}
+
+// One line for each kind of exchange, over all ranks.
+function together(sent) {
+  const kinds = new Map();
+  for (const { axis, operation, calls, bytes: size } of sent) {
+    const key = `${axis} ${operation}`;
+    const sum = kinds.get(key) ?? { axis, operation, ranks: 0, calls: 0, size: 0 };
+    kinds.set(key, { ...sum, ranks: sum.ranks + 1, calls: sum.calls + (calls ?? 0), size: sum.size + (size ?? 0) });
+  }
+  return [...kinds.values()].map((one) => [String(one.axis), String(one.operation), one.ranks, count(one.calls), bytes(one.size)]);
 }
 
 function Time({ time }) {

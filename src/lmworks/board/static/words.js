@@ -30,6 +30,18 @@ export function figure(value) {
   return size >= 100 ? value.toFixed(1) : value.toPrecision(4);
 }
 
+// A loss, a rate, a norm beside an axis: no more figures than it needs.
+export function tick(value) {
+  const size = Math.abs(value);
+  return size !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(1).replace("e+", "e").replace(".0e", "e") : String(Number(value.toPrecision(4)));
+}
+
+// '23.9 GFLOP/s'
+export function flops(value) {
+  for (const [power, letter] of [[15, "P"], [12, "T"], [9, "G"], [6, "M"]]) if (value >= 10 ** power) return `${trim(value / 10 ** power)} ${letter}FLOP/s`;
+  return `${count(value)} FLOP/s`;
+}
+
 export const percent = (value) => (missing(value) ? DASH : `${(100 * value).toFixed(value >= 0.1 ? 1 : 2)} %`);
 
 // '42 s', '12:03', '3 h 05', '2 d 04 h'
