@@ -6,6 +6,7 @@
 | lmworks compare | run with one seed, on a tiny model |
 | lmworks prove | the proof and its arms are decoded (--check) |
 | lmworks quickstart, launch, probe, fetch, chat | verb and options exist (minutes, ranks, a network, a person) |
+| lmworks board | run with --json, otherwise verb and options exist (a server) |
 | any other lmworks command | run, in a folder that holds a tiny run at runs/quickstart |
 | make | the targets and variables exist |
 | pip install | the extras exist |
@@ -40,6 +41,7 @@ HOW = {
     "launch": "parse",
     "probe": "parse",
     "chat": "parse",
+    "board": "parse",
 }
 OTHERS = {
     "python3": "makes an environment",
@@ -80,7 +82,7 @@ TINY_SETS = [word for path, value in TINY.items() for word in ("--set", f"{path}
 
 def _job(command: Command, cwd: Path) -> dict[str, object]:
     argv = list(command.words[1:])
-    how = HOW.get(argv[0], "run")
+    how = "run" if argv[0] == "board" and "--json" in argv else HOW.get(argv[0], "run")
     if how == "train":
         verb, name, *rest = argv
         small = [] if "--check" in rest else TINY_SETS  # before the command's own settings, which win

@@ -13,6 +13,7 @@ import typer
 
 from lmworks.cli import (
     audit,
+    board,
     chat,
     compare,
     data,
@@ -50,6 +51,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "methods": methods.methods,
     "compare": compare.compare,
     "prove": prove.prove,
+    "board": board.board,
 }
 
 app = typer.Typer(

@@ -209,6 +209,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "this folder": _here,
     "extra hf": _extra("transformers", "datasets"),
     "extra trackers": _extra("wandb", "mlflow", "trackio"),
+    "extra board": _extra("starlette", "uvicorn"),
     "extra gpu": _extra("torchao"),
     "extra eval": _extra("lm_eval"),
 }

@@ -78,13 +78,13 @@ def proof_file(method: str) -> Path:
     return recipes_folder() / "proofs" / f"{method}.toml"
 
 
-def evidence_of(method: str) -> list[Evidence]:
-    """Everything that was kept for a method, oldest first."""
-    paths = sorted((evidence_folder() / method).glob("*.json"), key=_when)
+def evidence_of(method: str, folder: Path | None = None) -> list[Evidence]:
+    """Everything that was kept for a method, oldest first: what is shipped, or what lies in `folder`."""
+    paths = sorted(((folder or evidence_folder()) / method).glob("*.json"), key=when)
     return [Evidence(path=path, content=json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
-def _when(path: Path) -> tuple[str, int]:
+def when(path: Path) -> tuple[str, int]:
     """Date and number of the day in a file's name, as `save` gives it: 2026-11-24.json, then 2026-11-24-2.json."""
     return path.stem[:10], int(path.stem[11:] or 1)
 

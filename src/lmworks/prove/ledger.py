@@ -62,18 +62,19 @@ class Entry:
         }
 
 
-def entry(name: str) -> Entry:
-    """The ledger's entry of a method. Raises UsageError with the nearest name."""
+def entry(name: str, folder: Path | None = None) -> Entry:
+    """The ledger's entry of a method, with its shipped evidence or that in `folder`. Raises UsageError with the nearest
+    name."""
     if name not in METHODS:
         raise UsageError(f"no method is called '{name}'{did_you_mean(name, METHODS)}", next_step="lmworks methods")
     path = proof_file(name)
     claims = tomllib.loads(path.read_text(encoding="utf-8")).get("claims", []) if path.is_file() else []
-    return Entry(name=name, method=METHODS[name], claims=claims, evidence=evidence_of(name))
+    return Entry(name=name, method=METHODS[name], claims=claims, evidence=evidence_of(name, folder))
 
 
-def entries() -> Iterator[Entry]:
-    """All methods, by name."""
-    return (entry(name) for name in METHODS)
+def entries(folder: Path | None = None) -> Iterator[Entry]:
+    """All methods, by name, with their shipped evidence or that in `folder`."""
+    return (entry(name, folder) for name in METHODS)
 
 
 def source_file(method: Method) -> Path:

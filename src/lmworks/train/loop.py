@@ -188,9 +188,12 @@ class Loop:
                     error.add_note(f"last exchanges of this rank: {self.wire.last()}")
                 self.checkpoints.hurry()
             failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
+            self.events.write("failed", reason=f"{type(error).__name__}: {error}")
             with suppress(OSError, LmworksError, ImportError, MemoryError):  # the first error is the one to tell
                 self._close(together=False)
             raise
+        if why is not None:
+            self.events.write("stopped", reason=why)
         self._close(together=True)
         if why is not None:
             where = f"step {self.progress.step} of {self.recipe.steps}"
