@@ -7,28 +7,19 @@ recipe error or a stop; it loses exit codes when a signal reached it; and it giv
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from lmworks.core.errors import LmworksError, UsageError
-from lmworks.parallel import failure
+from lmworks.parallel.attempt import POLL, Attempt, Seats, store
 from lmworks.parallel.failure import STOPPED, Failure
 
-POLL = 0.05
-"""Seconds between two looks at the ranks."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-VIOLENT = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-"""Signals that end a rank without a word. What its peers raise then ('connection closed') is never the cause."""
 FINAL = {0, 2, STOPPED}
 """Exit codes after which a restart would do the same again, or what nobody wants."""
 
@@ -57,39 +48,14 @@ class Launch:
             raise UsageError(f"{self.ranks} ranks", legal="1 or more", where="--local")
 
 
-@dataclass
-class _Attempt:
-    """The processes of one attempt."""
-
-    folder: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    logs: list[IO[bytes]] = field(default_factory=list)
-    ended: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """Rank -> when, and with what code, -N for signal N."""
-    ours: set[int] = field(default_factory=set)
-    """Ranks that this process has begun to end: what becomes of them is not their own doing."""
-
-    def left(self) -> set[int]:
-        return set(range(len(self.processes))) - set(self.ended)
-
-    def send(self, number: int) -> None:
-        for rank in self.left():
-            with suppress(ProcessLookupError):
-                self.processes[rank].send_signal(number)
-
-    def end(self, number: int) -> None:
-        self.ours |= self.left()
-        self.send(number)
-
-
-class _Asked:
+class Asked:
     """Remembers the signals that reach the launcher while it is entered."""
 
     def __init__(self) -> None:
         self.signals: list[int] = []
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> _Asked:
+    def __enter__(self) -> Asked:
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
@@ -107,9 +73,9 @@ def launch(command: Command, how: Launch, note: Callable[[str], None]) -> None:
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP are handed on, so that the ranks save and stop (exit code 3); a second one ends
     them at once. Rank 0 writes to this process's output, every other rank to its log.
     """
-    with _Asked() as asked:
+    with Asked() as asked:
         for restart in range(how.max_restarts + 1):
-            attempt = _Attempt(_free(how.logs))
+            attempt = Attempt(free(how.logs))
             log = attempt.folder / "rank_R.log"
             note(f"attempt {attempt.folder.name.removeprefix('attempt_')}: {how.ranks} ranks; output of ranks: {log}")
             with _started(attempt, list(command(restart)), how, restart):
@@ -124,7 +90,7 @@ def launch(command: Command, how: Launch, note: Callable[[str], None]) -> None:
             note(f"{error}\nall ranks start again ({restart + 1} of {how.max_restarts} restarts)")
 
 
-def _free(logs: Path) -> Path:
+def free(logs: Path) -> Path:
     """The folder of the next attempt, counted over all launches of the run."""
     numbers = [int(path.name.removeprefix("attempt_")) for path in logs.glob("attempt_*")]
     folder = logs / f"attempt_{max(numbers, default=-1) + 1}"
@@ -140,103 +106,31 @@ def _free(logs: Path) -> Path:
 
 
 @contextmanager
-def _started(attempt: _Attempt, words: list[str], how: Launch, restart: int) -> Iterator[None]:
+def _started(attempt: Attempt, words: list[str], how: Launch, restart: int) -> Iterator[None]:
     """The ranks run inside; whatever happens, none is left afterwards."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # noqa: PLC0415  (not listed; takes seconds)
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    try:
-        for rank in range(how.ranks):
-            out = None if rank == 0 else (attempt.folder / f"rank_{rank}.log").open("wb")
-            if out is not None:
-                attempt.logs.append(out)
-            attempt.processes.append(_start(words, _environment(attempt, how, rank, restart, store.port), out))
-        yield
-    finally:
-        attempt.end(signal.SIGKILL)
-        while attempt.left():
-            _look(attempt)
-        for log in attempt.logs:
-            log.close()
-
-
-def _start(words: list[str], environment: dict[str, str], out: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches the ranks through the launcher only, and what a rank starts ends with it.
-    die = _dies_with_us()
-    try:
-        return subprocess.Popen(
-            words,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            preexec_fn=die,  # noqa: PLW1509  (one call into libc; the store's threads hold no lock of Python's)
+    with store() as port:
+        seats = Seats(
+            here=how.ranks,
+            world=how.ranks,
+            store=("127.0.0.1", port),
+            restart=restart,
+            restarts=how.max_restarts,
+            threads=how.threads,
         )
-    except OSError as error:
-        raise LmworksError(f"cannot start a rank: {error.strerror}", where=words[0]) from error
+        try:
+            attempt.begin(words, seats, shown=True)
+            yield
+        finally:
+            attempt.close()
 
 
-def _dies_with_us() -> Callable[[], None] | None:
-    """On Linux, what lets a rank be killed by the system when the launcher is."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, launcher = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
-
-    def die() -> None:
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != launcher:
-            os._exit(1)
-
-    return die
-
-
-def _environment(attempt: _Attempt, how: Launch, rank: int, restart: int, port: int) -> dict[str, str]:
-    """What torchrun sets, and where errors are written."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(how.threads) if how.threads else os.environ.get("OMP_NUM_THREADS", str(max(1, cores // how.ranks)))
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "GROUP_RANK": 0,
-        "WORLD_SIZE": how.ranks,
-        "LOCAL_WORLD_SIZE": how.ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,  # ranks are clients of this process's store
-        "TORCHELASTIC_RESTART_COUNT": restart,
-        "TORCHELASTIC_MAX_RESTARTS": how.max_restarts,
-        "TORCHELASTIC_RUN_ID": attempt.folder.name,
-        "OMP_NUM_THREADS": threads,
-        failure.FOLDER: attempt.folder.resolve(),
-    }
-    kept = {name: value for name, value in os.environ.items() if name != failure.TORCHRUN}
-    return kept | {name: str(value) for name, value in names.items()}
-
-
-def _look(attempt: _Attempt) -> None:
-    """Note which ranks have ended. What a rank had started ends with it."""
-    time.sleep(POLL)
-    for rank, process in enumerate(attempt.processes):
-        if rank not in attempt.ended and _is_over(process):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            attempt.ended[rank] = (time.time(), process.wait())
-
-
-def _is_over(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has ended. It is not reaped: until then its number, and so its group, cannot be anybody else's."""
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
-        return process.poll() is not None
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _watch(attempt: _Attempt, how: Launch, asked: _Asked, note: Callable[[str], None]) -> None:
+def _watch(attempt: Attempt, how: Launch, asked: Asked, note: Callable[[str], None]) -> None:
     """Until all ranks have ended, or until those that are left must be ended."""
     until = float("inf")
     heard = waiting = False
     while len(attempt.ended) < len(attempt.processes):
-        _look(attempt)
+        time.sleep(POLL)
+        attempt.look()
         if len(asked.signals) > 1:
             return
         if asked.signals and not heard:
@@ -256,43 +150,15 @@ def _watch(attempt: _Attempt, how: Launch, asked: _Asked, note: Callable[[str], 
             return
 
 
-def _first(attempt: _Attempt, how: Launch, asked: list[int]) -> Failure | None:
-    """How the attempt ended: None when every rank is done, otherwise the first error in time.
-
-    A rank that vanished before its peers ended is the cause of what they say. Otherwise the earliest file counts, or,
-    where no rank wrote one, the exit code.
-    """
-    codes = {rank: code for rank, (_, code) in attempt.ended.items() if code != 0}
-    said = {found.rank: found for found in failure.everything(attempt.folder) if found.rank in codes}
-    silent = {
-        rank: _silent(attempt, rank, asked=asked) for rank in codes if rank not in said and rank not in attempt.ours
-    }
-    vanished = [found for rank, found in silent.items() if -codes[rank] in VIOLENT]
-    others = min((when for rank, (when, _) in attempt.ended.items() if rank in said), default=float("inf"))
-    found = [one for one in vanished if one.time <= others + 2 * POLL]
-    found = found or [*said.values(), *silent.values()]
-    found = [one for one in found if one.exit_code != STOPPED] or found
-    if not found and codes:
+def _first(attempt: Attempt, how: Launch, asked: list[int]) -> Failure | None:
+    """How the attempt ended: None when every rank is done, otherwise the first error in time."""
+    found = attempt.first_error(asked)
+    if found is None and any(code != 0 for _, code in attempt.ended.values()):
         return _ended(attempt, how, asked)
-    return min(found, key=lambda one: (one.time, one.rank), default=None)
+    return found
 
 
-def _silent(attempt: _Attempt, rank: int, *, asked: list[int]) -> Failure:
-    """A rank that ended by itself without an error file."""
-    when, code = attempt.ended[rank]
-    world = len(attempt.processes)
-    if code > 0:
-        return Failure(rank=rank, world=world, time=when, exit_code=code, message=f"it ended with exit code {code}")
-    if -code in asked:
-        text = "it was asked to stop before it could save"
-        return Failure(rank=rank, world=world, time=when, exit_code=STOPPED, message=text)
-    text = f"it was ended by {signal.Signals(-code).name}"
-    if -code == signal.SIGKILL:
-        text += " (out of memory? dmesg tells)"
-    return Failure(rank=rank, world=world, time=when, exit_code=1, message=text)
-
-
-def _ended(attempt: _Attempt, how: Launch, asked: list[int]) -> Failure:
+def _ended(attempt: Attempt, how: Launch, asked: list[int]) -> Failure:
     """The ranks did not stop when they were asked to, and said nothing."""
     rank = min(attempt.ours)
     twice = len(asked) > 1
