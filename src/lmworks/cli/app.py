@@ -29,6 +29,7 @@ from lmworks.cli import (
     quickstart,
     rehearse,
     tokenizer,
+    trace,
     train,
 )
 from lmworks.core.errors import LmworksError
@@ -46,6 +47,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat.chat,
     "export": export.export,
     "eval": eval.eval,
+    "trace": trace.trace,
     "doctor": doctor.doctor,
     "methods": methods.methods,
     "compare": compare.compare,
