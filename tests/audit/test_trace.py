@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmworks.audit import trace, trace_page
@@ -52,6 +52,7 @@ def test_two_ranks_need_more_steps_and_one_has_no_peers(tmp_path: Path) -> None:
     assert trace.slow_ranks(trace.read(traced.write(tmp_path / "one", ranks=1, steps=30))) == []
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.floats(0.05, 0.95), st.data())
 def test_chance_is_the_binomial_tail(tries: int, chance: float, data: st.DataObject) -> None:
     from scipy.stats import binom

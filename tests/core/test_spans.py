@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmworks.core.events import Events
@@ -87,6 +86,7 @@ def test_a_clock_has_its_skew_and_counts_on_by_the_monotonic_one() -> None:
     assert plain.at(mark) <= plain.now()
 
 
+@settings(max_examples=25)
 @given(
     st.text(max_size=8),
     st.floats(0, 2e9, allow_nan=False),
@@ -108,16 +108,5 @@ def test_the_fast_line_says_what_the_slow_one_does(
         fast.flush()
         slow.flush()
         assert list(rows(Path(folder) / "fast")) == list(rows(Path(folder) / "slow"))
-        (line,) = (Path(folder) / "fast").read_text(encoding="utf-8").splitlines()
-        assert list(json.loads(line)) == [
-            "run",
-            "step",
-            "rank",
-            "axes",
-            "stream",
-            "name",
-            "start",
-            "end",
-            "bytes",
-            "attrs",
-        ]
+        (row,) = rows(Path(folder) / "fast")
+        assert tuple(row) == ("run", "step", "rank", "axes", "stream", "name", "start", "end", "bytes", "attrs")
