@@ -1,8 +1,8 @@
 """What tracing costs, and whether the heat map names a slow rank: 1 and 4 gloo ranks of this machine.
 
 Cost: steps that do nothing but record 50 spans, traced and not, in turns; every tenth has its spans written one by one.
-The difference a step is held against a training step of the quickstart's size. Slow rank: each run has one of four ranks
-take 1.5 times as long for its passes (it sleeps), another one each run; 30 steps.
+The difference a step is held against a training step of the quickstart's size. Slow rank: in each run one of four ranks
+takes 1.5 times as long for its passes (it sleeps), another one each time; 30 steps; every fifth run has none.
 
 Example: python benchmarks/trace_cost.py --runs 10
 """

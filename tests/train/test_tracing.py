@@ -57,7 +57,7 @@ def test_spans_nest_inside_their_step_and_sums_are_theirs(text: Path, cache: Pat
             own = [span.end - span.start for span in found if span.name == name]
             assert entry.calls == len(own)
             assert entry.seconds == pytest.approx(sum(own), abs=1e-6), "one rank: nothing is inside of them"
-    assert sum(entry.seconds for entry in rank.sums[4].values()) < whole.end - whole.start + 1.0
+        assert sum(entry.seconds for entry in rank.sums[step].values()) <= whole.end - whole.start + 1e-6
 
 
 @pytest.mark.parametrize(("settings", "written"), [({"on": False}, False), ({"every": 0}, True)])
@@ -126,9 +126,7 @@ def test_ranks_tell_of_their_exchanges_on_one_clock(text: Path, cache: Path, tmp
     for number in ends[0].keys() & ends[1].keys():
         a, b = ends[0][number], ends[1][number]
         slack = 2 * found.ranks[1].error + 1e-3
-        assert max(a.start, b.start) <= min(a.end, b.end) + slack, (
-            "an exchange ends on no rank before all have begun it"
-        )
+        assert max(a.start, b.start) <= min(a.end, b.end) + slack, "it ends on no rank before all have begun it"
     for folder in (tmp_path / "run", tmp_path / "run" / "ranks" / "00001"):
         clocks = [event for event in rows(RunFolder(folder).events) if event["name"] == "clock"]
         assert len(clocks) == 2, "when it begins and at the end"
@@ -161,5 +159,5 @@ def test_an_error_leaves_the_records_of_the_ranks_and_says_where(text: Path, cac
     assert (record["world"], record["step"]) == (2, 3)
     assert record["axes"]["dp_shard"] == 1
     assert record["groups"]["fsdp"] == [0, 1]
-    assert any("loss" in frame for frame in record["stacks"]["MainThread"]) or record["stacks"]["MainThread"]
+    assert any("loop.py" in frame for frame in record["stacks"]["MainThread"])
     assert hang.read(folder).world == 2
