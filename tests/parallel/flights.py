@@ -44,7 +44,9 @@ def recorder(wire: Wire, folder: Path, patience: float) -> Recorder:
         place = {axis: layout.place(rank, axis) for axis in AXES}
         return {"world": layout.ranks, "axes": place, "groups": wire.members(), "step": 3, "doing": wire.spans.doing()}
 
-    return Recorder(wire.flight, folder, rank=rank, facts=facts, patience=patience, told=lambda text: None)
+    return Recorder(
+        wire.flight, folder, rank=rank, facts=facts, moved=lambda: 0.0, patience=patience, told=lambda text: None
+    )
 
 
 def late(rank: int, folder: str, who: int, how: str) -> str:

@@ -54,7 +54,10 @@ def test_stacks_name_the_place_of_every_thread() -> None:
 def recorder(folder: Path, rank: int, patience: float = 60.0) -> tuple[Flight, Recorder, list[str]]:
     heard: list[str] = []
     flight = Flight()
-    made = Recorder(flight, folder, rank=rank, facts=lambda: {"world": 2}, patience=patience, told=heard.append)
+    facts = {"world": 2}
+    made = Recorder(
+        flight, folder, rank=rank, facts=lambda: facts, moved=lambda: 0.0, patience=patience, told=heard.append
+    )
     return flight, made, heard
 
 

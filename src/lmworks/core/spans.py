@@ -138,6 +138,8 @@ class Spans:
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or HostClock()
         self.on = False
+        self.moved = time.monotonic()
+        """When a span began here last, by the monotonic clock."""
         self._recorded: list[Open] = []
 
     def span(
@@ -152,6 +154,7 @@ class Spans:
         """Record the block. `stream`: left out, the one that work is put on now."""
         if not self.on:
             return nullcontext()
+        self.moved = time.monotonic()
         found = Open(self.clock, name, stream or self.clock.stream(), int(bytes), exchange, number)
         self._recorded.append(found)
         return found

@@ -135,13 +135,15 @@ class Recorder:
         *,
         rank: int,
         facts: Callable[[], Mapping[str, Any]],
+        moved: Callable[[], float],
         patience: float,
         told: Callable[[str], None],
     ) -> None:
-        """`facts`: what else stands in a record, as JSON values. `patience`: seconds without any movement after which
-        a rank writes one. `told`: hears of it, from another thread."""
+        """`facts`: what else stands in a record, as JSON values. `moved`: when anything but an exchange began here last,
+        by the monotonic clock. `patience`: seconds without any movement after which a rank writes a record.
+        `told`: hears of it, from another thread."""
         self._flight, self._folder, self._rank = flight, folder, rank
-        self._facts, self._patience, self._told = facts, patience, told
+        self._facts, self._moved, self._patience, self._told = facts, moved, patience, told
         self._period = min(2.0, patience / 4)
         self._written = 0.0
         """When the last record was written, by the monotonic clock."""
@@ -212,8 +214,9 @@ class Recorder:
             if SIGNAL in heard:
                 self.write("SIGUSR2")
             self._answer()
-            quiet = time.monotonic() - self._flight.moved
-            if quiet > self._patience and self._written < self._flight.moved:
+            moved = max(self._flight.moved, self._moved())
+            quiet = time.monotonic() - moved
+            if quiet > self._patience and self._written < moved:
                 path = self.write(f"nothing has moved for {quiet:.0f} s")
                 self._told(f"nothing has moved for {quiet:.0f} s; where this rank stands is in {path}")
 

@@ -94,6 +94,7 @@ class Tracer:
                 self._folder.flight / f"{attempt}-{step}",
                 rank=self._wire.rank,
                 facts=self._facts,
+                moved=lambda: self._spans.moved,
                 patience=self._settings.patience,
                 told=self._told,
             )
