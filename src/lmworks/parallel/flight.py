@@ -139,8 +139,8 @@ class Recorder:
         patience: float,
         told: Callable[[str], None],
     ) -> None:
-        """`facts`: what else stands in a record, as JSON values. `moved`: when anything but an exchange began here last,
-        by the monotonic clock. `patience`: seconds without any movement after which a rank writes a record.
+        """`facts`: what else stands in a record, as JSON values. `moved`: when anything else began here last, by the
+        monotonic clock. `patience`: seconds without any movement after which a rank writes a record.
         `told`: hears of it, from another thread."""
         self._flight, self._folder, self._rank = flight, folder, rank
         self._facts, self._moved, self._patience, self._told = facts, moved, patience, told
