@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmworks.core.errors import DataError
 from lmworks.data.load import Batch
-from tests.data.toy import documents, loader
+from tests.data.toy import as_lists, documents, loader
 
 SOURCES = [documents([5, 9, 4, 7]), documents([6, 3, 3], first=5000), documents([30], first=9000)]
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -29,6 +29,23 @@ def test_any_draws_give_the_same_rows(draws: list[int], prefetch: int) -> None:
     found = torch.cat([pieces.draw(rows).tokens_BT for rows in draws])
     pieces.close()
     assert torch.equal(found, loader(SOURCES, weights=WEIGHTS).draw(sum(draws)).tokens_BT)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("share", [(0, 1), (1, 3)])
+def test_origins_are_those_of_the_last_draw(prefetch: int, share: tuple[int, int]) -> None:
+    found = loader(SOURCES, weights=WEIGHTS, prefetch=prefetch, share=share)
+    assert found.origins() == []
+    by_name = {
+        name: {f"{int(key):016x}": tokens for key, tokens in zip(source.hashes, as_lists(source), strict=True)}
+        for name, source in zip("abc", SOURCES, strict=True)
+    }
+    for rows in (4, 4, 7, 4):
+        batch = found.draw(rows)
+        origins = found.origins()
+        told = [[t for key, at, n in o.documents for t in by_name[o.source][key][at : at + n]] for o in origins]
+        assert told == batch.tokens_BT.tolist()
+    found.close()
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

@@ -41,6 +41,19 @@ def test_rows_are_the_oracles_rows_over_several_epochs(sizes: list[int], length:
 
 
 @settings(max_examples=60, deadline=None)
+@given(lengths, st.integers(1, 12), st.integers(0, 1000), st.integers(0, 40))
+def test_a_row_is_the_pieces_of_documents_that_are_named(sizes: list[int], length: int, seed: int, row: int) -> None:
+    toy = documents(sizes)
+    length = min(length, toy.n_tokens - 1)
+    stream = Stream(toy, sequence_length=length, seed=seed, name="toy")
+    by_hash = {f"{int(key):016x}": tokens for key, tokens in zip(toy.hashes, as_lists(toy), strict=True)}
+    pieces = stream.documents(row)
+    told = [token for name, start, count in pieces for token in by_hash[name][start : start + count]]
+    assert told == pack(*stream.windows(np.array([row]))).tokens_BT[0].tolist()
+    assert [piece.start for piece in pieces[1:]] == [0] * (len(pieces) - 1), "only the first may be cut in front"
+
+
+@settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(1, 7), st.integers(0, 1000))
 def test_no_token_is_lost_or_doubled(sizes: list[int], length: int, seed: int) -> None:
     """n_tokens rounds are a whole number of epochs: every token is a target equally often, but no first bos."""

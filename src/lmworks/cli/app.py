@@ -30,6 +30,7 @@ from lmworks.cli import (
     quickstart,
     rehearse,
     tokenizer,
+    trace,
     train,
 )
 from lmworks.core.errors import LmworksError
@@ -47,6 +48,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat.chat,
     "export": export.export,
     "eval": eval.eval,
+    "trace": trace.trace,
     "doctor": doctor.doctor,
     "methods": methods.methods,
     "compare": compare.compare,

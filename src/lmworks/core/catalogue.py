@@ -163,6 +163,7 @@ SLOTS: dict[str, Shelf] = {
         "what looks at the run while it goes, and may answer with a change",
         {
             "early-stop": Part("train.watch:EarlyStop", "stop when the validation loss no longer falls"),
+            "health": Part("train.health:Health", "say so when a metric leaves its healthy band, with its batch"),
             "green-ai": Part("methods.green_ai:GreenAI", "stop when energy, CO2 or money is spent, or buys too little"),
             "sophia-health": Part("methods.sophia:SophiaHealth", "say so when Sophia clips nearly all or hardly any"),
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one object. NaN and infinity are written as null-safe strings, since JSON has no word for them."""
-        self._waiting.append(_line(row))
+        self.extend((_line(row),))
+
+    def extend(self, lines: Iterable[str]) -> None:
+        """Add objects that are JSON already, each on a line that ends."""
+        self._waiting.extend(lines)
         if time.monotonic() - self._last >= self._seconds:
             self.flush()
 

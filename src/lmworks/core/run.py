@@ -10,6 +10,7 @@ tokenizer/      tokenizer.json and its config
 checkpoints/    step-00000100/ ...
 tensorboard/    curves.png    samples.jsonl
 ranks/00001/    rows and events of another rank, where there are several
+flight/         where each rank stood when they waited in vain, by attempt
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.flight = path / "flight"
 
     @property
     def name(self) -> str:

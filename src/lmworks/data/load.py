@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmworks.data.identity import Identity
 from lmworks.data.mixture import Mixture
-from lmworks.data.pack import Int, Rows, Stream, pack
+from lmworks.data.pack import Int, Piece, Rows, Stream, pack
 
 State = dict[str, Any]
 FORMAT = 1
@@ -84,6 +84,16 @@ class Batch:
         )
 
 
+class Origin(NamedTuple):
+    """Where a row of a batch is from."""
+
+    source: str
+    """The reader's name."""
+    row: int
+    """Its number in the reader's own rows; with the recipe's seed it stands for these tokens."""
+    documents: list[Piece]
+
+
 def batch_of(rows: Rows, sources_BT: Int, bytes_B: Int | None = None) -> Batch:
     """Arrays as tensors; memory is shared."""
     return Batch(
@@ -126,11 +136,14 @@ class Loader:
         self._counts = [0] * len(self._streams)
         self._ahead: deque[tuple[int, list[int], Future[Batch]]] = deque()
         self._pool: ThreadPoolExecutor | None = None
+        self._drawn: tuple[list[int], int] | None = None
+        """Rows taken before the last draw, and how many it had."""
 
     def draw(self, rows: int) -> Batch:
         """This share of the next `rows` rows."""
         if rows < 1:
             raise ValueError(f"a draw has at least one row, got {rows}")
+        self._drawn = self._counts, rows
         if self._ahead and self._ahead[0][0] != rows:
             self._drop()
         if self._ahead:
@@ -156,6 +169,19 @@ class Loader:
         self._identity.must_match(state["made_with"])
         self._drop()
         self._counts = [int(state["rows"][stream.name]) for stream in self._streams]
+
+    def origins(self) -> list[Origin]:
+        """Where the rows of the last draw are from, in their order; none before the first draw."""
+        if self._drawn is None:
+            return []
+        (before, rows), names = self._drawn, [stream.name for stream in self._streams]
+        source_B, row_B = _rows_of(before, self._mixture.take(before, rows)[0])
+        asked = list(zip(source_B[self._share].tolist(), row_B[self._share].tolist(), strict=True))
+
+        def found() -> list[Origin]:
+            return [Origin(names[source], row, self._streams[source].documents(row)) for source, row in asked]
+
+        return found() if self._pool is None else self._pool.submit(found).result()  # streams are for one thread
 
     def epochs(self) -> dict[str, float]:
         """How often each source's tokens were seen so far."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +113,7 @@ class Order:
     """Documents laid end to end in one order."""
 
     def __init__(self, documents: Documents, order: Int) -> None:
+        self._order = order
         self._starts = documents.starts[order]
         self._lengths = documents.lengths[order]
         self._ends = np.cumsum(self._lengths)
@@ -122,6 +123,24 @@ class Order:
         rank = np.searchsorted(self._ends, place, side="right")
         within = place - (self._ends[rank] - self._lengths[rank])
         return self._starts[rank] + within, within == 0
+
+    def documents(self, place: Int) -> list[tuple[int, int, int]]:
+        """The documents that rising places of the order lie in: number, first token in it, how many tokens."""
+        rank = np.searchsorted(self._ends, place, side="right")
+        within = place - (self._ends[rank] - self._lengths[rank])
+        found, first, count = np.unique(rank, return_index=True, return_counts=True)
+        told = zip(self._order[found], within[first], count, strict=True)
+        return [(int(number), int(start), int(tokens)) for number, start, tokens in told]
+
+
+class Piece(NamedTuple):
+    """A part of a document in a row."""
+
+    document: str
+    """The hash of its text, as token shards hold it."""
+    start: int
+    """The first of its tokens in the row, bos counted."""
+    tokens: int
 
 
 @final
@@ -158,6 +177,16 @@ class Stream:
             here = epoch_BW == epoch
             flat_BW[here], is_start_BW[here] = self._order(int(epoch)).locate(place_BW[here])
         return self._documents.tokens.take(flat_BW), is_start_BW
+
+    def documents(self, row: int) -> list[Piece]:
+        """The documents whose tokens are the inputs of a row, in their order."""
+        at_T = window_places(self._window_of(np.array([row], dtype=np.int64)), self._length)[0, :-1]
+        epoch_T, place_T = np.divmod(at_T, self._n_tokens)
+        found = []
+        for epoch in np.unique(epoch_T):
+            for number, start, tokens in self._order(int(epoch)).documents(place_T[epoch_T == epoch]):
+                found.append(Piece(f"{int(self._documents.hashes[number]):016x}", start, tokens))
+        return found
 
     def _window_of(self, rows_B: Int) -> Int:
         """The window that stands at each row."""

@@ -122,10 +122,12 @@ class Placement:
                 self._sync_at_the_end(i == len(micros) - 1)
                 if self.replicas is not None and i == len(micros) - 1:
                     self.replicas.begin()
-                loss = loss_of(self.chunks[0], micro)
+                with self.wire.spans.span("forward", number=i):
+                    loss = loss_of(self.chunks[0], micro)
                 if self.ladder is not None:
                     self.ladder.begin()
-                torch.autograd.backward(loss)
+                with self.wire.spans.span("backward", number=i):
+                    torch.autograd.backward(loss)
                 if self.ladder is not None:
                     self.ladder.flush()
                 total = total + loss.detach()

@@ -34,8 +34,8 @@ class BilledAllGather(Billed, AllGather):
         """As torch.distributed.all_gather_into_tensor."""
         n = group.size()
         axis = self.axis if n == self.wire.size(self.axis) else "secondary"
-        self.wire.note(axis, "all-gather", (n - 1) / n * output_tensor.nbytes)
-        work: dist.Work | None = gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
+        with self.wire.counted(axis, "all-gather", (n - 1) / n * output_tensor.nbytes):
+            work: dist.Work | None = gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
 
@@ -47,8 +47,10 @@ class BilledReduceScatter(Billed, ReduceScatter):
     ) -> dist.Work | None:
         """As torch.distributed.reduce_scatter_tensor."""
         n = group.size()
-        self.wire.note(self.axis, "reduce-scatter", (n - 1) / n * input_tensor.nbytes)
-        work: dist.Work | None = reduce_scatter_into(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        with self.wire.counted(self.axis, "reduce-scatter", (n - 1) / n * input_tensor.nbytes):
+            work: dist.Work | None = reduce_scatter_into(
+                output_tensor, input_tensor, op=op, group=group, async_op=async_op
+            )
         return work
 
 
@@ -57,6 +59,8 @@ def billed_all_reduce(wire: Wire) -> Callable[[Tensor], None]:
 
     def note(summed: Tensor) -> None:
         copies = wire.size("dp_replicate")
-        wire.note("dp_replicate", "all-reduce", 2 * (copies - 1) / copies * summed.nbytes)
+        size = 2 * (copies - 1) / copies * summed.nbytes
+        wire.note("dp_replicate", "all-reduce", size)
+        wire.flight.leave(wire.flight.enter("dp_replicate", "all-reduce", size))
 
     return note

@@ -7,7 +7,6 @@ divided by the counts of the whole step, and so nothing is scaled afterwards.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from lmworks.core.spans import Clock
 from lmworks.data.load import Batch
 from lmworks.model.backbone import Backbone
 from lmworks.model.sizes import Shape, mean_keys
+from lmworks.parallel.clock import clock_of
+from lmworks.parallel.flight import Entry
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.schedule import TORCH, Action, Kind, order
 from lmworks.parallel.wire import Wire
@@ -83,36 +85,17 @@ def holder(layout: Layout, stage: int) -> int:
     return next(place for place in range(layout.pp) if stage in held_by(layout, place))
 
 
-class Clock:
-    """Seconds by the host's clock, or by the GPU's own, on which work ends later than it is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-
-    def mark(self) -> Any:
-        """A moment."""
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def between(self, start: Any, end: Any) -> float:
-        """Seconds from one moment to another. On a GPU it waits for the second one."""
-        if not self._on_gpu:
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-
-
 class Stage(PipelineStage):
     """torch's stage, with what it sends put on the bill, and the time that it computes on the clock."""
 
     wire: Wire
     timed: Callable[[Action], AbstractContextManager[None]]
+    awaited: dict[tuple[str, int], list[Entry]]
+    """On the flight record: messages that are to come, by direction and micro-batch."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *words: Any, **named: Any) -> Any:
         """A micro-batch forward."""
+        self._came("forward", fwd_chunk_id)
         with self.timed(Action(Kind.FORWARD, self.stage_index, fwd_chunk_id)):
             return super().forward_one_chunk(fwd_chunk_id, *words, **named)
 
@@ -120,6 +103,7 @@ class Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> Any:
         """A micro-batch backward, or the gradient of its input alone."""
+        self._came("backward", bwd_chunk_id)
         kind = Kind.BACKWARD if full_backward else Kind.BACKWARD_INPUT
         with self.timed(Action(kind, self.stage_index, bwd_chunk_id)):
             return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
@@ -137,10 +121,31 @@ class Stage(PipelineStage):
         """What torch sends to the stage before."""
         return self._billed(super().get_bwd_send_ops(bwd_chunk_id))
 
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """What torch receives from the stage before."""
+        return self._expected(super().get_fwd_recv_ops(fwd_chunk_id), "forward", fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """What torch receives from the next stage."""
+        return self._expected(super().get_bwd_recv_ops(bwd_chunk_id), "backward", bwd_chunk_id)
+
     def _billed(self, operations: Any) -> Any:
+        flight = self.wire.flight
         for operation in operations:
-            self.wire.note("pp", "send", operation.tensor.nbytes)
+            size = operation.tensor.nbytes
+            self.wire.note("pp", "send", size)
+            flight.leave(flight.enter("pp", "send", size, operation.peer))  # it goes on beside the work
         return operations
+
+    def _expected(self, operations: Any, direction: str, micro_batch: int) -> Any:
+        enter = self.wire.flight.enter
+        self.awaited[direction, micro_batch] = [enter("pp", "receive", o.tensor.nbytes, o.peer) for o in operations]
+        return operations
+
+    def _came(self, direction: str, micro_batch: int) -> None:
+        """What a piece of work needed has come, since it begins."""
+        for entry in self.awaited.pop((direction, micro_batch), ()):
+            self.wire.flight.leave(entry)
 
 
 class Pipeline:
@@ -155,7 +160,7 @@ class Pipeline:
         self._schedules: dict[tuple[int, int, int], Any] = {}
         self._loss_of: Callable[[Backbone, Batch, Tensor], Tensor] | None = None
         self._micros: Sequence[Batch] = ()
-        self._clock = Clock(device)
+        self._clock: Clock = clock_of(device)
         self._computed: list[tuple[Any, Any]] = []
         self._whole: tuple[Any, Any] | None = None
         self._next: dict[Action, Action | None] = {}
@@ -167,8 +172,10 @@ class Pipeline:
     def _timed(self, action: Action | None = None) -> Iterator[None]:
         if self.on_stage is not None and action is not None:
             self.on_stage(action, self._next.get(action))
+        name, number = ("loss", None) if action is None else (str(action.kind.value), action.micro_batch)
         start = self._clock.mark()
-        yield
+        with self.wire.spans.span(name, number=number):
+            yield
         self._computed.append((start, self._clock.mark()))
 
     def seconds(self) -> tuple[float, float]:
@@ -201,7 +208,8 @@ class Pipeline:
         inputs = (tokens_BT,) if self.stages[0] == 0 else ()
         self._computed.clear()
         start = self._clock.mark()
-        schedule.step(*inputs, return_outputs=False, **facts)
+        with self.wire.spans.span("pipeline", exchange=True):  # what is not in the passes is waiting
+            schedule.step(*inputs, return_outputs=False, **facts)
         self._whole = start, self._clock.mark()
         self._micros, self._loss_of = (), None
         if not losses:
@@ -250,7 +258,7 @@ class Pipeline:
             output_args=whole if last else between,
             group=self.wire.group("pp"),
         )
-        stage.wire, stage.timed = self.wire, self._timed
+        stage.wire, stage.timed, stage.awaited = self.wire, self._timed, {}
         return stage
 
     def _between(self, rows: int, length: int) -> tuple[int, int, int]:

@@ -45,8 +45,8 @@ def gather(out_N: Tensor, part_n: Tensor, axis: str, code: Code, runs: Runs, wir
 def gather_packets(sent_S: Tensor, axis: str, code: Code, wire: Wire) -> Tensor:
     """The ranks' packets, uint8 (R, S), all of one size."""
     found_RS = torch.empty(wire.size(axis), sent_S.numel(), dtype=torch.uint8, device=sent_S.device)
-    wire.note(axis, f"all-gather {code.name}", (len(found_RS) - 1) * sent_S.nbytes)
-    gather_into(found_RS.view(-1), sent_S, group=wire.group(axis))
+    with wire.counted(axis, f"all-gather {code.name}", (len(found_RS) - 1) * sent_S.nbytes):
+        gather_into(found_RS.view(-1), sent_S, group=wire.group(axis))
     return found_RS
 
 
@@ -141,9 +141,10 @@ class Route:
             self.missed.keep(wanted_RN, told, number)
         sent_RS = told.packet(self.code)
         found_RS = torch.empty_like(sent_RS)
-        self.wire.note(axis, f"all-to-all {self.code.name}", (ranks - 1) * sent_RS[0].nbytes)
-        group = self.wire.group(axis)
-        running: Running = dist.all_to_all_single(found_RS, sent_RS, group=group, async_op=True)
+        operation, size = f"all-to-all {self.code.name}", (ranks - 1) * sent_RS[0].nbytes
+        self.wire.note(axis, operation, size)
+        begun: Running = dist.all_to_all_single(found_RS, sent_RS, group=self.wire.group(axis), async_op=True)
+        running = self.wire.watched(begun, axis, operation, size)
         return Parcels(sent_RS=sent_RS, found_RS=found_RS, running=running)
 
     def receive(self, parcels: Parcels, number: int) -> Tensor:

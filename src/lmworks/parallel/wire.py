@@ -7,8 +7,8 @@ others, a send what is sent. So formulas of papers can be held against the bill.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lmworks.core.spans import BESIDE, Open, Spans
+from lmworks.parallel.flight import Entry, Flight
 from lmworks.parallel.layout import Layout
 
 Group = dist.ProcessGroup
@@ -25,7 +27,7 @@ reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.
 
 
 LAST = 6
-"""How many of the last exchanges are kept, for the error of a rank that waited in vain."""
+"""How many of the last exchanges are told with the error of a rank that waited in vain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,22 @@ class Running(Protocol):
         ...
 
 
+class _Watched:
+    """An exchange that goes on, with its span and its entry in the flight record."""
+
+    def __init__(self, wire: Wire, running: Running, name: str, entry: Entry, span: Open | None) -> None:
+        self._wire, self._running, self._name, self._entry, self._span = wire, running, name, entry, span
+
+    def wait(self) -> bool:
+        with self._wire.spans.span(f"{self._name} wait", exchange=True, number=self._entry.number):
+            done = self._running.wait()
+        if self._entry.left is None:
+            self._wire.flight.leave(self._entry)
+            if self._span is not None:
+                self._span.__exit__()
+        return done
+
+
 @dataclass(frozen=True)
 class _Swap:
     """Several sends and receipts; their tensors stay until all are done."""
@@ -82,7 +100,10 @@ class Wire:
         self._groups = dict(groups)
         self.bills: dict[tuple[str, str], Bill] = {}
         """By (axis, operation)."""
-        self._last: deque[str] = deque(maxlen=LAST)
+        self.flight = Flight()
+        """The last exchanges, for a rank that waits in vain."""
+        self.spans = Spans()
+        """Where this rank's time goes; off until somebody takes what is recorded."""
 
     @property
     def seat(self) -> tuple[int, int]:
@@ -104,11 +125,38 @@ class Wire:
     def note(self, axis: str, operation: str, size: float) -> None:
         """Put a call on the bill: `size` bytes sent. For collectives that torch makes by itself."""
         self.bills[axis, operation] = self.bills.get((axis, operation), Bill()).plus(size)
-        self._last.append(f"{axis} {operation} {size:,.0f} B")
+
+    @contextmanager
+    def counted(self, axis: str, operation: str, size: float, peer: int | None = None) -> Iterator[None]:
+        """Around an exchange: it goes on the bill, on the flight record and on the timeline. One that raises was never
+        left. `peer`: the place of the other rank where there is one."""
+        self.note(axis, operation, size)
+        entry = self.flight.enter(axis, operation, size, self._rank_at(axis, peer))
+        with self.spans.span(f"{axis} {operation}", bytes=size, exchange=True, number=entry.number):
+            yield
+        self.flight.leave(entry)
+
+    def watched(self, running: Running, axis: str, operation: str, size: float) -> Running:
+        """An exchange that has just begun and goes on beside other work: on the flight record and on the timeline until
+        its `wait()`. It is on the bill already."""
+        entry = self.flight.enter(axis, operation, size)
+        name = f"{axis} {operation}"
+        span = self.spans.span(name, stream=BESIDE, bytes=size, exchange=True, number=entry.number)
+        return _Watched(self, running, name, entry, span.__enter__())
+
+    def members(self) -> dict[str, list[int]]:
+        """The ranks of each group that this rank is in, by the name of the axis, in their order."""
+        found: dict[str, Any] = dict(self._groups)
+        here = {name: group for name, group in found.items() if isinstance(group, Group)}  # of 'ends' it may be none
+        return {name: dist.get_process_group_ranks(group) for name, group in here.items()}
+
+    def _rank_at(self, axis: str, place: int | None) -> int | None:
+        return None if place is None else dist.get_global_rank(self.group(axis), place)
 
     def last(self) -> str:
         """The last exchanges that this rank began, oldest first: where ranks that wait for each other stand."""
-        return ", ".join(self._last) or "none"
+        found = [f"{e.axis} {e.operation} {e.bytes:,} B" for e in self.flight.last(LAST)]
+        return ", ".join(found) or "none"
 
     def sum(self, x: Tensor, axis: str) -> Tensor:
         """The sum over the axis, in place."""
@@ -117,9 +165,9 @@ class Wire:
     def begin_sum(self, x: Tensor, axis: str) -> Running:
         """Begin the sum over an axis of several ranks, in place; x may be used after `wait()` on what is returned."""
         n = self.size(axis)
-        self.note(axis, "all-reduce", 2 * (n - 1) / n * x.nbytes)
-        running: Running = dist.all_reduce(x, group=self.group(axis), async_op=True)
-        return running
+        size = 2 * (n - 1) / n * x.nbytes
+        self.note(axis, "all-reduce", size)
+        return self.watched(dist.all_reduce(x, group=self.group(axis), async_op=True), axis, "all-reduce", size)
 
     def maximum(self, x: Tensor, axis: str) -> Tensor:
         """The largest over the axis, in place."""
@@ -128,8 +176,8 @@ class Wire:
     def _reduce(self, x: Tensor, axis: str, op: Any) -> Tensor:
         n = self.size(axis)
         if n > 1:
-            self.note(axis, "all-reduce", 2 * (n - 1) / n * x.nbytes)
-            dist.all_reduce(x, op=op, group=self.group(axis))
+            with self.counted(axis, "all-reduce", 2 * (n - 1) / n * x.nbytes):
+                dist.all_reduce(x, op=op, group=self.group(axis))
         return x
 
     def gather(self, x: Tensor, axis: str, dim: int) -> Tensor:
@@ -138,11 +186,11 @@ class Wire:
         if n == 1:
             return x
         whole = _like(x, dim, n * x.shape[dim])
-        self.note(axis, "all-gather", (n - 1) / n * whole.nbytes)
         front = whole.movedim(dim, 0)
         straight = front.is_contiguous()  # then ranks' parts lie behind each other as they come
         target = front if straight else torch.empty_like(front, memory_format=torch.contiguous_format)
-        gather_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
+        with self.counted(axis, "all-gather", (n - 1) / n * whole.nbytes):
+            gather_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
         return whole if straight else whole.copy_(target.movedim(0, dim))
 
     def scatter_sum(self, x: Tensor, axis: str, dim: int) -> Tensor:
@@ -151,19 +199,20 @@ class Wire:
         if n == 1:
             return x
         part = _like(x, dim, x.shape[dim] // n)
-        self.note(axis, "reduce-scatter", (n - 1) / n * x.nbytes)
         front = part.movedim(dim, 0)
         straight = front.is_contiguous()
         target = front if straight else torch.empty_like(front, memory_format=torch.contiguous_format)
-        reduce_scatter_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
+        with self.counted(axis, "reduce-scatter", (n - 1) / n * x.nbytes):
+            reduce_scatter_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
         return part if straight else part.copy_(target.movedim(0, dim))
 
     def begin_scatter_sum(self, out_W: Tensor, x_NW: Tensor, axis: str) -> Running:
         """Begin the sum over an axis of N > 1 ranks, this rank's row of it into `out`; x stays until `wait()`."""
         n = self.size(axis)
-        self.note(axis, "reduce-scatter", (n - 1) / n * x_NW.nbytes)
-        running: Running = reduce_scatter_into(out_W, x_NW.view(-1), group=self.group(axis), async_op=True)
-        return running
+        size = (n - 1) / n * x_NW.nbytes
+        self.note(axis, "reduce-scatter", size)
+        running = reduce_scatter_into(out_W, x_NW.view(-1), group=self.group(axis), async_op=True)
+        return self.watched(running, axis, "reduce-scatter", size)
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int], axis: str) -> Tensor:
         """All-to-all: rows of x in runs of `sent`, one run per rank, for the runs of `received` rows from each."""
@@ -172,20 +221,29 @@ class Wire:
         own = self.place(axis)
         out = torch.empty((sum(received), *x.shape[1:]), dtype=x.dtype, device=x.device)
         row = x[:1].nbytes if x.shape[0] else 0
-        self.note(axis, "all-to-all", row * (sum(sent) - sent[own]))
-        dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=self.group(axis))
+        with self.counted(axis, "all-to-all", row * (sum(sent) - sent[own])):
+            dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=self.group(axis))
         return out
 
     def send(self, x: Tensor, to: int, axis: str) -> None:
         """Send to the rank at place `to` of the axis; returns when it may be changed again."""
-        self.note(axis, "send", x.nbytes)
-        dist.send(x.contiguous(), group=self.group(axis), group_dst=to)
+        with self.counted(axis, "send", x.nbytes, to):
+            dist.send(x.contiguous(), group=self.group(axis), group_dst=to)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, of: int, axis: str) -> Tensor:
         """A tensor from the rank at place `of` of the axis."""
         x = torch.empty(tuple(shape), dtype=dtype, device=device)
-        dist.recv(x, group=self.group(axis), group_src=of)
+        with self.receiving(axis, x.nbytes, of):
+            dist.recv(x, group=self.group(axis), group_src=of)
         return x
+
+    @contextmanager
+    def receiving(self, axis: str, size: float, of: int) -> Iterator[None]:
+        """Around the receipt of a message: its sender has it on the bill."""
+        entry = self.flight.enter(axis, "receive", size, self._rank_at(axis, of))
+        with self.spans.span(f"{axis} receive", bytes=size, exchange=True, number=entry.number):
+            yield
+        self.flight.leave(entry)
 
     def begin_swap(self, sent: Sequence[Sent], received: Sequence[tuple[Tensor, int]], axis: str) -> Running:
         """Begin to send to some ranks of an axis and to receive from some, all at once; each of `received` is a
@@ -195,12 +253,17 @@ class Wire:
         parcels += [dist.P2POp(dist.irecv, x, group=self.group(axis), group_peer=of) for x, of in received]
         for each in sent:
             self.note(axis, each.operation, each.x.nbytes)
-        return _Swap(parcels, dist.batch_isend_irecv(parcels) if parcels else [])
+        swap = _Swap(parcels, dist.batch_isend_irecv(parcels) if parcels else [])
+        operation, size = (sent[0].operation if sent else "send"), sum(each.x.nbytes for each in sent)
+        return self.watched(swap, axis, f"{operation} and receive", size) if parcels else swap
 
     def wait(self) -> None:
         """Return when every rank has come here, however long that takes: one may be tokenising."""
         if self.layout.ranks > 1:
-            dist.barrier(group=self.group("patient"))
+            entry = self.flight.enter("patient", "barrier", 0)
+            with self.spans.span("patient barrier", exchange=True, number=entry.number):
+                dist.barrier(group=self.group("patient"))
+            self.flight.leave(entry)
 
     def told(self, text: str) -> str:
         """What the first rank says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from lmworks.train.rate import memory_bytes
 from lmworks.train.recipe import Train
 from lmworks.train.shortage import Account, explained
 from lmworks.train.step import Step
+from lmworks.train.update_size import UpdateSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +178,18 @@ def _place(
         micro_rows=micro_rows,
         books=books,
         caches=[cache for found in caches for cache in found],
+        around_update=_measured(recipe, model, probe),
     )
     return placement, step, notes
+
+
+def _measured(recipe: Train, model: Backbone, probe: Probe) -> Callable[[], AbstractContextManager[None]]:
+    """What stands around each update: a measurement of its size, as often as any watcher wants it."""
+    wanted = [every for watcher in recipe.watchers if (every := watcher.sizes_update()) is not None]
+    if not wanted:
+        return nullcontext
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return UpdateSize(trained, probe, every=min(wanted)).measured
 
 
 def _prepare(

@@ -31,7 +31,9 @@ from lmworks.train.shortage import explained
 from lmworks.train.sinks import Row
 from lmworks.train.slots import StepRecord, Watcher
 from lmworks.train.spending import Spending
+from lmworks.train.step import StepResult
 from lmworks.train.stop import StopRequest
+from lmworks.train.tracing import Tracer
 from lmworks.train.validate import validate
 
 
@@ -165,6 +167,8 @@ class Loop:
         rate, source = peak_flops(built.device, built.dtype)
         self.peak = (rate * self.wire.layout.ranks, source)
         self.energy = Spending(meter, built.recipe.energy, self.wire, self.events, built.device)
+        told, trace = self.report.note, built.recipe.trace
+        self.tracer = Tracer(trace, self.wire, self.events, folder, device=built.device, told=told)
 
     def run(self, stored: save.Stored | None, stop: StopRequest) -> None:
         """Go on from a checkpoint's snapshot, or from the start, to the end."""
@@ -176,6 +180,7 @@ class Loop:
         if later:
             self.report.note(f"the checkpoints of later steps are deleted: {', '.join(map(str, later))}")
         self.records.open(self.progress, parent=self.parent, peak=self.peak)
+        self.tracer.begin(self.progress.step)
         try:
             with explained(
                 self.built.account, lambda: f"in step {self.progress.step + 1}", lambda: self.records.memory
@@ -187,6 +192,7 @@ class Loop:
                 if self.wire.layout.ranks > 1:
                     error.add_note(f"last exchanges of this rank: {self.wire.last()}")
                 self.checkpoints.hurry()
+            self.tracer.failed(error)
             failure.write(error, step=self.progress.step + 1)  # before the wait for a save: the first one is told
             self.events.write("failed", reason=f"{type(error).__name__}: {error}")
             with suppress(OSError, LmworksError, ImportError, MemoryError):  # the first error is the one to tell
@@ -204,6 +210,7 @@ class Loop:
 
     def _close(self, *, together: bool) -> None:
         """Take stock of energy and close the records. `together`: all ranks have come here."""
+        self.tracer.close(together=together)
         self.energy.end(together=together)
         self.records.energy = self.energy.facts(tokens=self.progress.tokens, flops=self.progress.flops)
         self.records.close(self.checkpoints.wait)
@@ -241,8 +248,8 @@ class Loop:
         lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
         books = self.built.step.books
         books.on = progress.step - self.began in MEASURE_EARLY or self.events.step % MEASURE_EVERY == 0
-        start, begun = time.perf_counter(), time.time()
-        with self.energy.phase("train"):
+        start, begun = time.perf_counter(), self.wire.spans.clock.now()
+        with self.energy.phase("train"), self.tracer.step(self.events.step):
             result = self.built.step()
         seconds = time.perf_counter() - start
         self.events.write("step", start=begun, end=begun + seconds)
@@ -284,7 +291,14 @@ class Loop:
             seconds=seconds,
             validation=found,
             spent=spent,
+            row={**row, **(found or {}), **self._shares(result, seconds)},
+            origins=self.built.step.source.origins,
         )
+
+    def _shares(self, result: StepResult, seconds: float) -> dict[str, float]:
+        """Of the step's time, waited for data; of its tokens, those that are no target."""
+        tokens = self.recipe.batch_size * self.recipe.data.sequence_length
+        return {"data_share": result.data_seconds / seconds, "ignored_share": 1 - result.targets / tokens}
 
     def _measure(self) -> Footprint:
         """What each class of memory takes, while gradients are there; told once."""
@@ -319,6 +333,8 @@ class Loop:
             if change is not None:
                 self.progress.changes.append({"step": record.step, "reason": change.reason, "stop": change.stop})
                 self.events.write("change", reason=change.reason, stop=change.stop)
+                for alert in change.alerts:
+                    self.events.write("alert", **alert)
                 self.report.note(change.reason)
                 if change.stop:
                     self.progress.stopped = change.reason

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lmworks.parallel.pipeline import Clock
+from lmworks.core.spans import Clock
 from lmworks.train.ledger import Storage
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lmworks.core.errors import LmworksError
-from lmworks.parallel.pipeline import Clock
+from lmworks.core.spans import Clock
+from lmworks.parallel.clock import clock_of
 from lmworks.parallel.schedule import Action, Kind
 from lmworks.train.handles import Handle, Stays, counter, unpack
 from lmworks.train.lanes import moment, on
@@ -141,7 +142,7 @@ class TensorCache:
         if is_parameter(x):
             return x.detach()
         if self._clock is None and x.device.type != "meta":
-            self._clock = Clock(x.device)
+            self._clock = clock_of(x.device)
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise LmworksError(
                 "a CUDA graph cannot hold tensors that leave memory: threads copy them, and a graph knows no threads",

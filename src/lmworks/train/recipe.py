@@ -18,6 +18,7 @@ from lmworks.train.saved import Keep
 from lmworks.train.schedule import Cosine, Schedule
 from lmworks.train.sinks import Sink, TensorBoard
 from lmworks.train.slots import Gradient, Objective, Optimizer, Saved, SelectAll, Selecting, Watching
+from lmworks.train.tracing import Tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,8 @@ class Train:
     """Where metrics go besides the run folder."""
     energy: Metering = Metering()
     """How energy is counted, and what a kWh costs."""
+    trace: Tracing = Tracing()
+    """How the run tells where its time goes."""
     max_minutes: PositiveFloat | None = None
     """Save and stop with exit code 3 after this time; the same command goes on."""
 
@@ -123,6 +126,7 @@ def may_differ(now: Train, there: Train) -> tuple[str, ...]:
 
 
 MAY_DIFFER = (
-    "validation", "samples", "checkpoints", "sinks", "energy", "max_minutes", "threads", "layout", "micro_batch_size"
+    "validation", "samples", "checkpoints", "sinks", "energy", "trace", "max_minutes", "threads", "layout",
+    "micro_batch_size",
 )  # fmt: skip
 """Those that hang on nothing else."""

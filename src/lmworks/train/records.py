@@ -108,7 +108,8 @@ class Records:
         self.first = rank == 0
         self.folder = run if self.first else run.of_rank(rank)
         axes = {axis: layout.place(rank, axis) for axis in AXES if layout.size(axis) > 1}
-        self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes)
+        clock = built.wire.spans.clock.now  # one clock for all that is written
+        self.events = Events(self.folder.events, run=run.name, rank=rank, axes=axes, clock=clock)
         self.memory: Footprint | None = None
         """What this rank takes; None before it was measured."""
         self.energy: dict[str, Any] | None = None

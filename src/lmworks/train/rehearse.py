@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmworks.data.load import Batch
+from lmworks.data.load import Batch, Origin
 from lmworks.model.backbone import Backbone
 from lmworks.model.init import first_value
 from lmworks.model.pieces import Box
@@ -180,6 +180,10 @@ class MadeUp:
         positions = torch.where(places >= change, places - change, places)
         batch = Batch(tokens[:, :-1].contiguous(), targets, positions, documents, torch.zeros_like(documents))
         return batch[slice(self._share[0], None, self._share[1])]
+
+    def origins(self) -> list[Origin]:
+        """None: rows are made up."""
+        return []
 
     def state(self) -> State:
         """How many draws were made."""

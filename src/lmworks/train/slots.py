@@ -15,15 +15,15 @@ dataclass; the object it makes may hold state, and only through `state()` and `l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from lmworks.data.load import Batch
+from lmworks.data.load import Batch, Origin
 from lmworks.model.backbone import Backbone
 from lmworks.model.sizes import BlockBytes, Held
 from lmworks.parallel.shard import local
@@ -43,6 +43,10 @@ class Source(Protocol):
 
     def draw(self, rows: int) -> Batch:
         """The next `rows` rows."""
+        ...
+
+    def origins(self) -> Sequence[Origin]:
+        """Where the rows of the last draw are from, in their order; none where it is not known."""
         ...
 
     def state(self) -> State:
@@ -275,6 +279,8 @@ class Change:
     reason: str
     stop: bool = False
     """End the run after this step."""
+    alerts: tuple[Mapping[str, Any], ...] = ()
+    """What is out of order, for events called `alert`: JSON values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +298,10 @@ class StepRecord:
     """val_loss and val_bits_per_byte when this step ended with a validation."""
     spent: Bill | None = None
     """Energy, carbon and money of the run so far, the same on all ranks; None where nothing is counted."""
+    row: Mapping[str, float] = field(default_factory=dict)
+    """All numbers of the step: its row in metrics.jsonl, its validation, `data_share` and `ignored_share`."""
+    origins: Callable[[], Sequence[Origin]] = list
+    """Where this rank's rows were drawn from, worked out when it is asked for."""
 
 
 class Watcher(ABC):
@@ -311,6 +321,11 @@ class Watcher(ABC):
 
 class Watching(ABC):
     """A watcher's settings, which start the running watcher."""
+
+    def sizes_update(self) -> int | None:
+        """Steps between two measurements of how far an update moves the weights, which it reads as `update_ratio`;
+        None: it reads none."""
+        return None
 
     @abstractmethod
     def start(self) -> Watcher:

@@ -5,8 +5,9 @@ On several ranks each one draws its own rows; counts, loss and norm are those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -36,6 +37,8 @@ class StepResult:
     """Target tokens that counted, whatever the objective makes of them; 0 for a batch without any."""
     units: dict[str, int]
     """Counts of each component, at least 1: the loss was divided by them."""
+    data_seconds: float
+    """That this rank waited for its rows."""
     passes: float
     """Tokens times forward passes that were spent: three for every token trained on, and what the probe booked."""
     extra: dict[str, float]
@@ -63,6 +66,8 @@ class Step:
     """Bytes that wait for the backward pass, by block."""
     caches: Sequence[TensorCache] = ()
     """Where saved tensors wait that are not in memory, one for each chunk of the model."""
+    around_update: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered around each update: a measurement of it."""
 
     @property
     def micro_batches(self) -> int:
@@ -71,10 +76,14 @@ class Step:
 
     def __call__(self) -> StepResult:
         """One step. Raises NonFinite, on all ranks and with nothing updated, when loss or gradient is not finite."""
-        placement = self.placement
+        placement, span = self.placement, self.placement.wire.spans.span
         self.probe.begin()
-        drawn = self.source.draw(self.selector.candidates(self.rows)).to(placement.device)
-        batch = self.selector.select(drawn, self.rows // placement.share[1], self.probe)
+        begun = time.perf_counter()
+        with span("data"):
+            drawn = self.source.draw(self.selector.candidates(self.rows)).to(placement.device)
+        data_seconds = time.perf_counter() - begun
+        with span("select"):
+            batch = self.selector.select(drawn, self.rows // placement.share[1], self.probe)
         self.probe.batch = batch
         counts, facts = self._count(batch)
         self.update.zero_grad()
@@ -91,7 +100,8 @@ class Step:
         extra: dict[str, Tensor] = {}
         for stage in self.gradient:
             extra |= stage.finish(parameters, norm)
-        self.update.step(self.probe)
+        with span("optimizer"), self.around_update():
+            self.update.step(self.probe)
         extra |= placement.after_update()
         moved = [cache.told() for cache in self.caches]
         extra |= summed(moved)
@@ -99,6 +109,7 @@ class Step:
             loss=float(loss),
             grad_norm=float(norm),
             targets=facts["targets"],
+            data_seconds=data_seconds,
             units={name: facts[name] for name in counts},
             passes=3.0 * facts["tokens"] + self.probe.booked,
             extra={name: float(value) for name, value in extra.items()} | self.probe.notes(),
