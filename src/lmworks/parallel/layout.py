@@ -46,11 +46,13 @@ Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble-v", "dualpi
 Engine = Literal["all-gather", "ring", "tokenring", "ulysses"]
 Order = Literal["zigzag", "contiguous", "striped"]
 OF_AXIS = {
-    "tp": ("sequence_parallel",),
+    "tp": ("sequence_parallel", "tp_slices"),
     "cp": ("context", "order"),
-    "pp": ("schedule", "stages_per_rank", "split"),
+    "pp": ("schedule", "stages_per_rank", "split", "sends"),
 }
 """Settings without effect where an axis has one rank."""
+ONE_STAGE = ("gpipe", "1f1b")
+"""Schedules whose ranks hold one stage each."""
 V_SHAPED = ("zero-bubble-v", "dualpipe-v")
 """Schedules whose ranks hold two stages each, one on the way down and one on the way back up."""
 
@@ -102,10 +104,16 @@ class Layout(Arrangement):
     """Expert parallel: ranks that hold other experts. They are among those of dp_shard x cp, and no further ranks."""
     sequence_parallel: bool = False
     """Between the products of tp, divide the tokens among its ranks instead of repeating them."""
+    tp_slices: PositiveInt = 1
+    """Slices of the tokens in which tp exchanges them: one travels while another is multiplied. 1: exchange, then
+    multiply. Where parts are summed anyway, the order of the sum is another one."""
     schedule: Schedule = "1f1b"
     """The order in which a pipeline's micro-batches go forward and backward."""
     stages_per_rank: PositiveInt | None = None
     """Stages that each rank of the pipeline holds. Left out: 1; 2 where the schedule has several."""
+    sends: Literal["in-turn", "early"] = "in-turn"
+    """How stages hand on micro-batches. 'in-turn': a rank waits for what it sends, and asks for what comes when it is
+    needed. 'early': all receives stand from the start of a step, and nobody waits for a send. Needs gpipe or 1f1b."""
     split: tuple[PositiveInt, ...] | None = None
     """Blocks of each stage, in order. Left out: the split whose dearest stage is cheapest, head counted."""
     machines: tuple[str, ...] | None = None
@@ -147,10 +155,13 @@ class Layout(Arrangement):
         held = self.stages_per_rank
         if self.schedule in V_SHAPED and held not in (None, 2):
             yield Problem(path="stages_per_rank", text=f"is {held}; {self.schedule} has 2")
-        if self.schedule in ("gpipe", "1f1b") and held not in (None, 1):
+        if self.schedule in ONE_STAGE and held not in (None, 1):
             yield Problem(path="stages_per_rank", text=f"is {held}; {self.schedule} has 1. interleaved-1f1b has more")
         if self.schedule == "interleaved-1f1b" and held == 1:
             yield Problem(path="stages_per_rank", text="is 1, which is 1f1b; interleaved-1f1b takes 2 or more")
+        if self.sends == "early" and self.schedule not in ONE_STAGE:
+            text = f"{self.schedule} has several stages on a rank, whose messages would meet. Legal: in-turn, or 1f1b"
+            yield Problem(path="sends", text=text)
         if self.split is not None and len(self.split) != self.stages:
             yield Problem(path="split", text=f"has {len(self.split)} entries; this pipeline has {self.stages} stages")
 
@@ -169,7 +180,7 @@ class Layout(Arrangement):
     @property
     def held(self) -> int:
         """Stages on each rank of the pipeline."""
-        return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
+        return self.stages_per_rank or (1 if self.schedule in ONE_STAGE else 2)
 
     @property
     def stages(self) -> int:
@@ -347,6 +358,9 @@ def _batch(layout: Layout, recipe: Any) -> Iterator[Problem]:
     elif layout.sequence_parallel and length % need:
         text = f"sequence_length = {length} is not divisible by {need}; take {_up(length, need)}"
         yield Problem(path="sequence_parallel", text=text)
+    elif length % (slices := layout.tp_slices * (need if layout.sequence_parallel else layout.runs)):
+        text = f"sequence_length = {length} does not make {layout.tp_slices} equal slices"
+        yield Problem(path="tp_slices", text=f"{text}; take {_up(length, slices)}, or another number")
     if not layout.settled:
         return
     rows, readers = recipe.batch_size, layout.size("batch")
@@ -385,6 +399,8 @@ def _parts(layout: Layout, recipe: Any) -> Iterator[Problem]:
     if not recipe.optimizer.core().value_by_value:
         text = "needs whole matrices or passes of its own, which no rank of this layout can make. Run it on one rank"
         yield Problem(path="optimizer", text=text)
+    if layout.tp_slices > 1 and recipe.precision.startswith("float8"):
+        yield Problem(path="tp_slices", text=f"products in {recipe.precision} are not made in slices. Legal: 1")
     if recipe.model.tied and layout.pp > 1 and layout.schedule in V_SHAPED and layout.size("fsdp") > 1:
         text = f"{layout.schedule} puts both ends of a tied model on one rank, which FSDP cannot divide. Take 1f1b"
         yield Problem(path="schedule", text=f"{text}, or model.tied = false")

@@ -73,6 +73,7 @@ class Step:
         """One step. Raises NonFinite, on all ranks and with nothing updated, when loss or gradient is not finite."""
         placement = self.placement
         self.probe.begin()
+        placement.begin()
         drawn = self.source.draw(self.selector.candidates(self.rows)).to(placement.device)
         batch = self.selector.select(drawn, self.rows // placement.share[1], self.probe)
         self.probe.batch = batch
@@ -106,7 +107,8 @@ class Step:
         )
 
     def close(self) -> None:
-        """End the threads of the caches, and give their files back."""
+        """End the threads of source and caches, and give their files back."""
+        self.source.close()
         for cache in self.caches:
             cache.close()
 
