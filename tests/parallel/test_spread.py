@@ -51,8 +51,10 @@ LAYOUTS = {
     "zero-1-copies": Layout(dp_shard=4, state=StatePlacement(weights=1, gradients=2, optimizer=2)),
     "mics": Layout(dp_shard=4, state=StatePlacement(weights=2, gradients=2, optimizer=2)),
     "cp-2-tp-2": Layout(dp_shard=1, cp=2, tp=2),
+    "ep-2": Layout(dp_shard=4, ep=2),
+    "ep-2-hsdp": Layout(dp_shard=2, dp_replicate=2, ep=2),
 }
-EVEN = ("replicate-4", "hsdp", "tp-2-replicate-2", "zero-1-copies", "mics", "cp-2-tp-2")
+EVEN = ("replicate-4", "hsdp", "tp-2-replicate-2", "zero-1-copies", "mics", "cp-2-tp-2", "ep-2", "ep-2-hsdp")
 """Where all ranks hold as much; the stages of a pipeline do not."""
 
 
@@ -61,8 +63,9 @@ EVEN = ("replicate-4", "hsdp", "tp-2-replicate-2", "zero-1-copies", "mics", "cp-
 def test_each_value_is_written_once_and_each_rank_writes_as_much(name: str, tmp_path: Path) -> None:
     """Within 1.3 of each other, as the dossier asks."""
     layout, folder = LAYOUTS[name], tmp_path / "step-00000001"
-    written = gang.run(stored.write, 4, layout, "tied", str(folder))
-    shapes = dict(MODELS["tied"].shapes())
+    model = "experts" if layout.ep > 1 else "tied"
+    written = gang.run(stored.write, 4, layout, model, str(folder))
+    shapes = dict(MODELS[model].shapes())
     values: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with opened(path) as file:

@@ -32,8 +32,8 @@ MEMORY = Path("/dev/shm")
 """Where memory is found by name."""
 SLOTS = 4
 """Batches that lie ready at once: those that a loader prepares ahead, and room to begin the next."""
-PATIENCE = 60.0
-"""Seconds that one process waits for another, before each reads for itself."""
+PATIENCE = 600.0
+"""Seconds that one process waits for another, before each reads for itself: as long as ranks wait for each other."""
 STALE = 3600.0
 """Seconds after which a file of a process that is gone may be deleted: it died while others looked for it."""
 NAPS = (0.0001, 0.002)

@@ -33,7 +33,7 @@ from lmworks.train.staging import Staging
 HURRY_SECONDS = 10
 """How long a rank that is known to be gone, or to have failed, is waited for."""
 AGAIN_SECONDS = 5.0
-"""How often the ranks ask each other again before the last checkpoint of a run."""
+"""How often the ranks ask each other whether the checkpoint before is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +133,22 @@ class Checkpoints:
     # --- the checkpoint before ----------------------------------------------------------------------------------------
 
     def _is_written(self, *, last: bool) -> bool:
-        """Whether nothing is being written any more on any rank, after no more than `patience`. All ranks are asked."""
-        seconds = self._saving.patience
+        """Whether nothing is being written any more on any rank, after no more than `patience`.
+
+        The ranks ask each other every few seconds, for none of them may wait for an answer longer than a collective
+        does; how often hangs on the setting and on no clock, so they end together.
+        """
+        left = self._saving.patience
         while True:
-            busy, failed = self._agree(self._look(seconds))
+            nap = AGAIN_SECONDS if last else min(left, AGAIN_SECONDS)
+            busy, failed = self._agree(self._look(nap))
             if failed:  # its part will not come, and the first rank may not have heard of it
                 self._until = min(self._until, time.monotonic())
                 busy, _ = self._agree(self._look(HURRY_SECONDS))
             self._take(raising=False)
-            if not (busy and last):
+            left -= nap
+            if not busy or (left <= 0 and not last):
                 return not busy
-            seconds = AGAIN_SECONDS
 
     def _look(self, seconds: float) -> tuple[bool, bool]:
         """Whether this rank still writes after so many seconds, and whether it could not."""
@@ -205,8 +210,8 @@ class Checkpoints:
     def _write(self, step: int, snapshot: Snapshot) -> None:
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".writing-{final.name}"
-        if self._seat == (0, 1):
-            shutil.rmtree(temporary, ignore_errors=True)
+        if self._seat[0] == 0:
+            self._clear_up(temporary)
         try:
             save.write(temporary, snapshot, self._seat, until=lambda: self._until)
             if self._seat[0] > 0:
@@ -226,13 +231,17 @@ class Checkpoints:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        """Delete what is not kept, and what ranks left that failed after the first one had cleared up."""
         every = self._saving.keep_every
         spare = [p for p in complete(self.folder) if every is None or step_of(p) % every != 0]
         for path in spare[: -self._saving.keep]:
             _remove(path)
+
+    def _clear_up(self, temporary: Path) -> None:
+        """Make room: delete what was not written to its end. Of the checkpoint that begins other ranks write already;
+        of all others the ranks have agreed that nobody does."""
         for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover != temporary or self._seat[1] == 1:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Writing:
