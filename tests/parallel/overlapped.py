@@ -8,6 +8,8 @@ import torch
 
 from lmworks.data.load import Batch
 from lmworks.parallel.apply import Placement
+from lmworks.parallel.schedule import Action
+from lmworks.parallel.wire import Running, Wire
 from lmworks.train.rehearse import MadeUp, Seen, placed, stepping
 from tests.parallel.table import Case, train_all
 
@@ -44,3 +46,42 @@ def begun(rank: int, case: Case) -> list[int]:
     finally:
         MadeUp.draw = plain  # type: ignore[method-assign]
     return found
+
+
+class _Told:
+    """An exchange that tells when it is waited for."""
+
+    def __init__(self, running: Running, done: list[str]) -> None:
+        self._running, self._done = running, done
+
+    def wait(self) -> bool:
+        self._done.append("sent")
+        return self._running.wait()
+
+
+def mail(rank: int, case: Case) -> list[str]:
+    """A step of a pipeline: when it posts receives, works, sends, and waits for what it sent."""
+    made = placed(rank, case.scene, torch.float32)
+    step = stepping(made, case.scene)
+    done: list[str] = []
+    receive, send = Wire.begin_receive, Wire.begin_send
+
+    def receiving(self: Wire, *words: Any) -> Running:
+        done.append("receive")
+        return receive(self, *words)
+
+    def sending(self: Wire, *words: Any) -> Running:
+        done.append("send")
+        return _Told(send(self, *words), done)
+
+    def working(action: Action, behind: Action | None) -> None:
+        done.append(str(action.kind))
+
+    assert made.pipeline is not None
+    made.pipeline.on_stage = working
+    Wire.begin_receive, Wire.begin_send = receiving, sending  # type: ignore[method-assign, assignment]
+    try:
+        step()
+    finally:
+        Wire.begin_receive, Wire.begin_send = receive, send  # type: ignore[method-assign]
+    return done
