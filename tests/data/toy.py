@@ -11,6 +11,7 @@ from lmworks.data.identity import Identity, SourceIdentity
 from lmworks.data.load import Loader
 from lmworks.data.mixture import Mixture
 from lmworks.data.pack import Documents, Stream, Tokens
+from lmworks.data.sharing import Sharing
 
 BOS = 7
 """Both ends of every toy document."""
@@ -62,6 +63,7 @@ def loader(
     share: tuple[int, int] = (0, 1),
     prefetch: int = 0,
     pin: bool = False,
+    sharing: Sharing | None = None,
 ) -> Loader:
     """A loader over toy sources called a, b, c, ..."""
     names = [chr(ord("a") + i) for i in range(len(sources))]
@@ -70,4 +72,5 @@ def loader(
         for source, name in zip(sources, names, strict=True)
     ]
     mixture = Mixture(weights or [1.0] * len(sources))
-    return Loader(streams, mixture, identity(names, seed=seed, length=length), share=share, prefetch=prefetch, pin=pin)
+    made_with = identity(names, seed=seed, length=length)
+    return Loader(streams, mixture, made_with, share=share, prefetch=prefetch, pin=pin, sharing=sharing)

@@ -149,6 +149,20 @@ CASES = [
         Case(f"served-fsdp-2-{name}", {"dp_shard": 2, "servers": dataclasses.replace(SERVERS, **settings)})
         for name, settings in {"one-stream": {"ping_pong": False}, "cache": {"keep": "cache"}}.items()
     ),
+    *(Case(f"tp-2-slices-{k}", {"tp": 2, "tp_slices": k}, micro=4) for k in (2, 4)),
+    *(Case(f"sp-2-slices-{k}", {"tp": 2, "sequence_parallel": True, "tp_slices": k}, micro=4) for k in (2, 4)),
+    Case("sp-2-slices-recompute", {"tp": 2, "sequence_parallel": True, "tp_slices": 2}, recompute=True),
+    Case("sp-2-slices-biases", {"tp": 2, "sequence_parallel": True, "tp_slices": 2}, model="gpt2"),
+    Case("tp-2-slices-parallel", {"tp": 2, "tp_slices": 2}, model="window"),
+    Case("tp-2-slices-neox", {"tp": 2, "tp_slices": 2}, model="neox"),
+    Case("sp-2-slices-fsdp-2", {"tp": 2, "dp_shard": 2, "sequence_parallel": True, "tp_slices": 2}, micro=2),
+    Case("sp-2-slices-cp-2", {"tp": 2, "cp": 2, "sequence_parallel": True, "tp_slices": 2}, micro=4),
+    Case("tp-4-slices", {"tp": 4, "tp_slices": 4}, model="gpt2"),
+    Case("pp-2-early", {"pp": 2, "sends": "early"}, micro=2),
+    Case("pp-2-early-gpipe", {"pp": 2, "schedule": "gpipe", "sends": "early"}, micro=2),
+    Case("pp-2-early-fsdp-2", {"pp": 2, "dp_shard": 2, "sends": "early"}, micro=1),
+    Case("pp-2-early-sp-2-slices", {"pp": 2, "tp": 2, "sequence_parallel": True, "tp_slices": 2, "sends": "early"}, 2),
+    Case("pp-4-early", {"pp": 4, "sends": "early"}, micro=2),
     Case("cp-2-sp-2", {"cp": 2, "tp": 2, "sequence_parallel": True}, micro=4),
 ]
 BY_NAME = {case.name: case for case in CASES}

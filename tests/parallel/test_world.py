@@ -12,10 +12,11 @@ import torch
 
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError, UsageError
-from lmworks.parallel import world
+from lmworks.parallel import gang, world
 from lmworks.parallel.launch import Launch, launch
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.world import Seat, machine, seated
+from tests.parallel.groups import entries
 from tests.train import ranked
 from tests.train.conftest import cache, text
 
@@ -80,6 +81,22 @@ def test_two_processes_on_one_seat_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     told = pytest.raises(UsageError, match=rf"two processes take rank 1, on elsewhere and on {HOST}")
     with told, world.connected(Seat(rank=1, world=2), torch.device("cpu")):
         pass
+
+
+@pytest.mark.ranks
+def test_a_group_costs_each_member_one_word_and_nobody_else_any() -> None:
+    """So what is said grows as groups and their members do; a barrier of all for each group would be their product."""
+    axes = {
+        Layout(dp_shard=4): ["dp_shard", "batch", "fsdp", "loss", "edp"],
+        Layout(dp_shard=1, dp_replicate=4): ["dp_replicate", "batch", "loss"],
+        Layout(dp_shard=1, tp=4): ["tp"],
+        Layout(dp_shard=1, tp=2, pp=2): ["tp", "pp"],  # two groups each
+        Layout(dp_shard=2, dp_replicate=2): ["dp_replicate", "dp_shard", "batch", "fsdp", "loss", "edp"],
+        Layout(dp_shard=1, pp=2, tp=2, sends="early"): ["tp", "pp", "back"],
+    }
+    found = gang.run(entries, 4, list(axes))[0]
+    assert found == [4 * (len(names) + 1) for names in axes.values()]  # and one of all ranks, for long waits
+    assert gang.run(entries, 4, [Layout(dp_shard=1, pp=4)])[0] == [4 * 2 + 2]  # and the two ends
 
 
 @pytest.mark.ranks

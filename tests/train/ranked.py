@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
 
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError
 from lmworks.parallel import failure
+from lmworks.train import save
+from lmworks.train.checkpoints import Checkpoints
 from lmworks.train.loop import run
 from lmworks.train.objective import CrossEntropy
 from tests.train import toy
@@ -84,6 +89,24 @@ def broken(rank: int, spec: dict[str, Any], path: str, on: int, step: int) -> st
     except RuntimeError:
         return next(found.message for found in failure.everything(folder) if found.rank == rank)
     return ""
+
+
+def slow_store(rank: int, spec: dict[str, Any], path: str, on: int) -> list[str]:
+    """A run in which one rank's store takes no file before the run's last checkpoint is due."""
+    ready, begin = threading.Event(), Checkpoints.save
+
+    def waiting(*words: Any, **named: Any) -> None:
+        assert rank != on or ready.wait(60)
+        save_file(*words, **named)
+
+    def saving(self: Checkpoints, *words: Any, last: bool) -> float:
+        if last:
+            ready.set()
+        return begin(self, *words, last=last)
+
+    save.save_file = waiting
+    Checkpoints.save = saving  # type: ignore[method-assign]
+    return train(rank, spec, path)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,9 @@ class Given:
     def load(self, state: dict[str, Any]) -> None:
         self.drawn = [0] * state["drawn"]
 
+    def close(self) -> None:
+        pass
+
 
 def step_on(
     model: Backbone,

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from lmworks.data.identity import Identity
 from lmworks.data.mixture import Mixture
 from lmworks.data.pack import Int, Piece, Rows, Stream, pack
+
+if TYPE_CHECKING:
+    from lmworks.data.sharing import Sharing
 
 State = dict[str, Any]
 FORMAT = 1
@@ -112,6 +115,7 @@ class Loader:
 
     share=(i, n): this loader gives rows i, i + n, i + 2n, ... of every draw, so n ranks together give the whole draw.
     prefetch: draws that a thread prepares ahead, each as large as the last one. pin: in page-locked memory, for a GPU.
+    sharing: how processes that draw the same rows, and nothing else, read them once between them.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Loader:
         share: tuple[int, int] = (0, 1),
         prefetch: int = 2,
         pin: bool = False,
+        sharing: Sharing | None = None,
     ) -> None:
         index, count = share
         if not 0 <= index < count:
@@ -133,6 +138,9 @@ class Loader:
         self._share = slice(index, None, count)
         self._prefetch = prefetch
         self._pin = pin
+        self._sharing = sharing
+        self._made = 0
+        """Draws that were begun: their numbers, for those who share them."""
         self._counts = [0] * len(self._streams)
         self._ahead: deque[tuple[int, list[int], Future[Batch]]] = deque()
         self._pool: ThreadPoolExecutor | None = None
@@ -147,12 +155,12 @@ class Loader:
         if self._ahead and self._ahead[0][0] != rows:
             self._drop()
         if self._ahead:
-            _, self._counts, future = self._ahead.popleft()
+            _, after, future = self._ahead.popleft()
             batch = future.result()
         else:
             order, after = self._mixture.take(self._counts, rows)
-            batch = self._assemble(self._counts, order)
-            self._counts = after
+            batch = self._shared(self._counts, order)
+        self._counts = after
         self._look_ahead(rows)
         return batch
 
@@ -188,8 +196,9 @@ class Loader:
         return {s.name: s.epochs(count) for s, count in zip(self._streams, self._counts, strict=True)}
 
     def close(self) -> None:
-        """End the thread. A later draw starts it again."""
+        """End the thread, and what is shared. A later draw starts the thread again."""
         self._drop()
+        self._leave()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -200,14 +209,33 @@ class Loader:
         while self._pool is not None and len(self._ahead) < self._prefetch:
             before = self._ahead[-1][1] if self._ahead else self._counts
             order, after = self._mixture.take(before, rows)
-            self._ahead.append((rows, after, self._pool.submit(self._assemble, before, order)))
+            self._ahead.append((rows, after, self._pool.submit(self._shared, before, order)))
 
     def _drop(self) -> None:
-        """Forget what was prepared. Streams are not for two threads at once, so what is running must end first."""
+        """Forget what was prepared. Streams are not for two threads at once, so what is running must end first.
+
+        Of those who share draws, some may have prepared more than others: what was shared is at its end.
+        """
+        if self._made:
+            self._leave()
         for _, _, future in self._ahead:
             if not future.cancel():
                 future.exception()
         self._ahead.clear()
+
+    def _leave(self) -> None:
+        if self._sharing is not None:
+            self._sharing.end()
+        self._sharing = None
+
+    def _shared(self, counts: Sequence[int], order: Sequence[int]) -> Batch:
+        """A draw, which another process may have made. One thread makes all of them, in their order."""
+        number, sharing = self._made, self._sharing
+        self._made += 1
+        batch = (
+            self._assemble(counts, order) if sharing is None else sharing(number, lambda: self._assemble(counts, order))
+        )
+        return batch.pinned() if self._pin else batch
 
     def _assemble(self, counts: Sequence[int], order: Sequence[int]) -> Batch:
         """The rows of a draw that are this loader's share. `order`: the source of each row of the whole draw."""
@@ -223,8 +251,7 @@ class Loader:
             for here, tokens, is_start in windows:
                 tokens_BW[here], is_start_BW[here] = tokens, is_start
         rows = pack(tokens_BW, is_start_BW)
-        batch = batch_of(rows, np.repeat(source_B[:, None], rows.tokens_BT.shape[1], axis=1))
-        return batch.pinned() if self._pin else batch
+        return batch_of(rows, np.repeat(source_B[:, None], rows.tokens_BT.shape[1], axis=1))
 
 
 def _rows_of(counts: Sequence[int], order: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

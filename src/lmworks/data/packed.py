@@ -25,6 +25,7 @@ from lmworks.data.pack import Documents, Int, Stream
 from lmworks.data.read import Reader
 from lmworks.data.sample import sample_texts
 from lmworks.data.shards import Shards, make_shards
+from lmworks.data.sharing import Sharing
 from lmworks.data.tokenise import Tally
 from lmworks.data.tokenizer import Bpe, Tokenizer, TokenizerPart, load_tokenizer
 
@@ -175,8 +176,15 @@ class Prepared:
             sources[name] = {"weight": source.weight, **kept, "splits": splits, "shards": str(shards.folder)}
         return {"fingerprint": self.fingerprint, "tokenizer_id": self.tokenizer.id, "sources": sources}
 
-    def train(self, *, share: tuple[int, int] = (0, 1), prefetch: int = 2, pin: bool = False) -> Loader:
-        """Training rows from the first one on. share=(i, n): rows i, i + n, ... of every draw.
+    def train(
+        self,
+        *,
+        share: tuple[int, int] = (0, 1),
+        prefetch: int = 2,
+        pin: bool = False,
+        sharing: Sharing | None = None,
+    ) -> Loader:
+        """Training rows from the first one on. share=(i, n): rows i, i + n, ... of every draw. `sharing` as in Loader.
 
         Raises DataError when a source is not longer than one sequence, or when all of it is held out.
         """
@@ -187,7 +195,7 @@ class Prepared:
             length, seed = self.identity.sequence_length, self.identity.seed
             streams.append(Stream(documents, sequence_length=length, seed=seed, name=name))
         mixture = Mixture([source.weight for source in self.identity.sources.values()])
-        return Loader(streams, mixture, self.identity, share=share, prefetch=prefetch, pin=pin)
+        return Loader(streams, mixture, self.identity, share=share, prefetch=prefetch, pin=pin, sharing=sharing)
 
     def validation(self, rows: int | None = None, *, batch_rows: int = 16, share: tuple[int, int] = (0, 1)) -> Holdout:
         """Batches over the held-out documents, or their first `rows` rows; no batches when data.validation is 0.

@@ -217,6 +217,15 @@ def complete(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob("step-*/manifest.json") if NAME.fullmatch(p.parent.name))
 
 
+def unfinished(folder: Path) -> list[str]:
+    """The names of checkpoints in a folder that were not written to their end: nothing goes on from one of them."""
+    named = [
+        p.name.removeprefix(".writing-") for pattern in ("step-*", ".writing-step-*") for p in folder.glob(pattern)
+    ]
+    whole = {path.name for path in complete(folder)}
+    return sorted({name for name in named if NAME.fullmatch(name)} - whole)
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))

@@ -100,6 +100,7 @@ class Pieces:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._found: dict[str, list[tuple[Path, Box]]] = {}
+        self._kinds: dict[str, torch.dtype] = {}
         for path in paths:
             with opened(path) as file:
                 places = json.loads((file.metadata() or {}).get(BOXES, "{}"))
@@ -108,16 +109,32 @@ class Pieces:
                     whole, offsets = places.get(name, (lengths, (0,) * len(lengths)))
                     box = Box(whole=tuple(whole), offsets=tuple(offsets), lengths=lengths)
                     self._found.setdefault(name, []).append((path, box))
+                    if name not in self._kinds:
+                        few = file.get_slice(name)[:0] if lengths else file.get_tensor(name)
+                        self._kinds[name] = few.dtype
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every tensor."""
         return {name: pieces[0][1].whole for name, pieces in self._found.items()}
 
+    def kind(self, name: str, box: Box) -> Tensor:
+        """A tensor on meta of the type and shape that reading a box gives."""
+        return torch.empty(box.lengths, dtype=self._kinds[name], device="meta")
+
+    def must_cover(self, name: str, box: Box) -> None:
+        """Raise CheckpointError when the pieces do not cover a part of a tensor. Reads headers only."""
+        wanted = torch.Size(box.lengths).numel()
+        common = (box.common(piece) for _, piece in self._found[name])
+        found = [torch.Size(part.lengths).numel() for part in common if part is not None]
+        if box.lengths and wanted and wanted not in found and sum(found) != wanted:
+            text = f"{sum(found)} of {wanted} values of {name} are there"
+            raise CheckpointError(text, where=str(self._found[name][0][0].parent))
+
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A part of a tensor, or all of it. Raises CheckpointError when the pieces do not cover it."""
         box = box or whole_box(self._found[name][0][1].whole)
-        out: Tensor | None = None
-        covered = 0
+        self.must_cover(name, box)
+        out = torch.empty(box.lengths, dtype=self._kinds[name])
         for path, piece in self._found[name]:
             common = box.common(piece) if box.lengths else piece  # a scalar is whole wherever it is
             if common is None:
@@ -126,18 +143,7 @@ class Pieces:
                 values: Tensor = file.get_slice(name)[common.inside(piece)] if box.lengths else file.get_tensor(name)
             if common.lengths == box.lengths:
                 return values.contiguous()
-            out = torch.empty(box.lengths, dtype=values.dtype) if out is None else out
             out[common.inside(box)] = values
-            covered += values.numel()
-        wanted = torch.Size(box.lengths).numel()
-        if covered != wanted or out is None:
-            if wanted == 0:
-                path = self._found[name][0][0]
-                with opened(path) as file:
-                    return torch.empty(box.lengths, dtype=file.get_tensor(name).dtype)
-            raise CheckpointError(
-                f"{covered} of {wanted} values of {name} are there", where=str(self._found[name][0][0].parent)
-            )
         return out
 
     def read_for(self, name: str, box: Box) -> Tensor:
@@ -146,15 +152,31 @@ class Pieces:
         Of one entry for a run of values: the runs, or, where the box cuts some, an entry for each value. Of any other
         tensor: all of it.
         """
+        need, run = self.needed(name, box)
+        found = self.read(name, need)
+        if run is None:
+            return found
+        start = box.offsets[-1] - need.offsets[-1] * run
+        return found.repeat_interleave(run, -1)[..., start : start + box.lengths[-1]].contiguous()
+
+    def kind_for(self, name: str, box: Box) -> Tensor:
+        """A tensor on meta of the type and shape that `read_for` gives."""
+        need, run = self.needed(name, box)
+        found = self.kind(name, need)
+        return found if run is None else found.new_empty(box.lengths)
+
+    def needed(self, name: str, box: Box) -> tuple[Box, int | None]:
+        """The part of a parameter's tensor that a box of the parameter needs; and, where the box cuts runs of values
+        with one entry each, their length: each entry then stands for that many."""
         shape = self._found[name][0][1].whole
         run = run_between(shape, box.whole)
+        if run is None:
+            return whole_box(shape), None
         lies = box.of(shape, box.whole)
-        if run is None or lies is not None:
-            return self.read(name, lies)
+        if lies is not None:
+            return lies, None
         first, stop = box.offsets[-1] // run, -(-(box.offsets[-1] + box.lengths[-1]) // run)
-        runs = Box(whole=shape, offsets=(*box.offsets[:-1], first), lengths=(*box.lengths[:-1], stop - first))
-        start = box.offsets[-1] - first * run
-        return self.read(name, runs).repeat_interleave(run, -1)[..., start : start + box.lengths[-1]].contiguous()
+        return Box(whole=shape, offsets=(*box.offsets[:-1], first), lengths=(*box.lengths[:-1], stop - first)), run
 
     def all(self) -> dict[str, Tensor]:
         """Every tensor, whole."""

@@ -16,7 +16,7 @@ With one rank nothing is cut and nothing is sent; the code is the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,7 +29,7 @@ from lmworks.data.load import Batch
 from lmworks.model import moe
 from lmworks.model.backbone import Backbone
 from lmworks.model.head import accumulate_dtype
-from lmworks.model.pieces import Box, Pieces, whole_box
+from lmworks.model.pieces import Box, whole_box
 from lmworks.parallel import context, experts, tensor
 from lmworks.parallel.fsdp import shard
 from lmworks.parallel.ladder import Ladder
@@ -77,6 +77,7 @@ class Placement:
         self.pipeline = Pipeline(self.chunks, wire, device) if wire.size("pp") > 1 else None
         self.replicas = self._alike()
         self._remarked = False
+        self._stepped = False
         self._holders = {p: math.prod(self.others_alike(name).values()) for name, p in self.model.named_parameters()}
 
     def _alike(self) -> Replicas | None:
@@ -98,18 +99,33 @@ class Placement:
         return self.chunks[0] if self.pipeline is None else self.pipeline.last
 
     def fill(self, value: Callable[[str, Box], Tensor]) -> None:
-        """Give every parameter of this rank its values: `value(name, box)` is that part of the whole tensor."""
+        """Give every parameter of this rank its values: `value(name, box)` is that part of the whole tensor.
+
+        By name, so that ranks may tell them to each other."""
         for module in self.weights.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a pass without gradient may have left gathered weights, or a second copy
         with torch.no_grad():
-            for name, parameter in self.weights.named_parameters():
+            for name, parameter in sorted(self.weights.named_parameters()):
                 part = value(name, self._boxes[name])
                 local(parameter).copy_(part)
                 if self.ladder is not None and name in self.ladder.masters:
                     self.ladder.masters[name].copy_(self.ladder.own(name, part))
 
     # --- a step ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Ask for the weights that the first block needs, so that they travel while the rows of the step are read.
+
+        Not before the first step, in which FSDP finds out about its modules, nor where weights travel as codes.
+        """
+        chunk, state = self.chunks[0], self.layout.state
+        plain = state is None or (state.weights_as == "plain" and state.secondary is None)
+        if self._stepped and plain and isinstance(chunk, FSDPModule):
+            first = next(iter(chunk.blocks.values()))
+            for module in (chunk, first):
+                assert isinstance(module, FSDPModule), "blocks are divided where their model is"
+                module.unshard(async_op=True)
 
     def backward(self, micros: Sequence[Batch], loss_of: LossOf) -> Tensor:
         """Forward and backward over the micro-batches; gradients add up in `.grad`. Returns this rank's loss."""
@@ -132,6 +148,7 @@ class Placement:
                     self.ladder.flush()
                 total = total + loss.detach()
         self._join_gradients()
+        self._stepped = True
         return total
 
     def own(self, batch: Batch) -> Batch:
@@ -190,7 +207,7 @@ class Placement:
         return {axis: self.wire.size(axis) for axis in axes}
 
     def first_holder(self, name: str) -> bool:
-        """Whether this rank is the first of those that hold the same values: the one that saves them."""
+        """Whether this rank is the first of those that hold the same values."""
         return not any(self.wire.place("pp" if axis == "ends" else axis) for axis in self.others_alike(name))
 
     def remarks(self) -> tuple[str, ...]:
@@ -246,7 +263,8 @@ class Placement:
         return dict(self.chunks[0].config.shapes()) | buffers
 
     def saved(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Box]]:
-        """Of tensors named 'parameter' or 'parameter/state': those that this rank saves, and where they lie.
+        """Of tensors named 'parameter' or 'parameter/state': those that this rank is the first to hold, and where they
+        lie. So each value is with one rank; `spread.saved` shares them out evenly.
 
         A tensor with one entry for each run of values along its parameter's last dim lies as the values do. Any other
         tensor, such as a step count, is whole on every rank.
@@ -265,25 +283,6 @@ class Placement:
             if holds:
                 mine[name], where[name] = value, part
         return mine, where
-
-    def load(self, stored: Pieces) -> None:
-        """Take this rank's parts of a model's tensors."""
-        self.fill(stored.read)
-        with torch.no_grad():
-            for name, value in self.values().items():
-                if name not in self.boxes:
-                    value.copy_(stored.read(name))
-
-    def states(self, stored: Pieces, parameters: Collection[str]) -> dict[str, Tensor]:
-        """This rank's parts of an optimizer's tensors, 'parameter/state'; `parameters`: names in the whole model."""
-        found = {}
-        for name in stored.shapes():
-            parameter = name.rpartition("/")[0]
-            if parameter in self.boxes:
-                found[name] = stored.read_for(name, self.boxes[parameter])
-            elif parameter not in parameters:
-                found[name] = stored.read(name)
-        return found
 
     # --- gradients that FSDP does not know of -----------------------------------------------------------------------
 
@@ -379,7 +378,7 @@ def place(
             chunk.keep_stage(stages[stage], first=stage == 0, last=stage == layout.stages - 1)
         cuts |= (own := tensor.cuts_for(chunk, wire) | experts.cuts_for(chunk, wire))
         divide(chunk, own)
-        tensor.connect(chunk, own, wire, tokens_divided=layout.sequence_parallel)
+        tensor.connect(chunk, own, wire, tokens_divided=layout.sequence_parallel, slices=layout.tp_slices)
         experts.connect(chunk, wire)
         context.connect(chunk, wire)
         arrange(chunk)

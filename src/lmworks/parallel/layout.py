@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from lmworks.core.errors import LmworksError, Problem, RecipeError
+from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.recipe import PositiveInt
-from lmworks.maths.whole import legal_divisors
+from lmworks.parallel import legal
 from lmworks.parallel import state as states
 from lmworks.parallel.servers import Servers
 from lmworks.parallel.state import STATE_AXES, StatePlacement
@@ -46,11 +46,13 @@ Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble-v", "dualpi
 Engine = Literal["all-gather", "ring", "tokenring", "ulysses"]
 Order = Literal["zigzag", "contiguous", "striped"]
 OF_AXIS = {
-    "tp": ("sequence_parallel",),
+    "tp": ("sequence_parallel", "tp_slices"),
     "cp": ("context", "order"),
-    "pp": ("schedule", "stages_per_rank", "split"),
+    "pp": ("schedule", "stages_per_rank", "split", "sends"),
 }
 """Settings without effect where an axis has one rank."""
+ONE_STAGE = ("gpipe", "1f1b")
+"""Schedules whose ranks hold one stage each."""
 V_SHAPED = ("zero-bubble-v", "dualpipe-v")
 """Schedules whose ranks hold two stages each, one on the way down and one on the way back up."""
 
@@ -102,10 +104,16 @@ class Layout(Arrangement):
     """Expert parallel: ranks that hold other experts. They are among those of dp_shard x cp, and no further ranks."""
     sequence_parallel: bool = False
     """Between the products of tp, divide the tokens among its ranks instead of repeating them."""
+    tp_slices: PositiveInt = 1
+    """Slices of the tokens in which tp exchanges them: one travels while another is multiplied. 1: exchange, then
+    multiply. Where parts are summed anyway, the order of the sum is another one."""
     schedule: Schedule = "1f1b"
     """The order in which a pipeline's micro-batches go forward and backward."""
     stages_per_rank: PositiveInt | None = None
     """Stages that each rank of the pipeline holds. Left out: 1; 2 where the schedule has several."""
+    sends: Literal["in-turn", "early"] = "in-turn"
+    """How stages hand on micro-batches. 'in-turn': a rank waits for what it sends, and asks for what comes when it is
+    needed. 'early': all receives stand from the start of a step, and nobody waits for a send. Needs gpipe or 1f1b."""
     split: tuple[PositiveInt, ...] | None = None
     """Blocks of each stage, in order. Left out: the split whose dearest stage is cheapest, head counted."""
     machines: tuple[str, ...] | None = None
@@ -120,9 +128,7 @@ class Layout(Arrangement):
     def check(self, recipe: Any) -> Iterator[Problem]:
         """Settings without effect, and what the model, the batch and the other parts cannot do."""
         yield from self._alone()
-        yield from _model(self, recipe)
-        yield from _batch(self, recipe)
-        yield from _parts(self, recipe)
+        yield from legal.problems(self, recipe)
         if self.servers is not None:
             for problem in self.servers.problems(self.size("attention") if self.settled else None, recipe):
                 yield Problem(path=f"servers.{problem.path}".rstrip("."), text=problem.text)
@@ -147,10 +153,13 @@ class Layout(Arrangement):
         held = self.stages_per_rank
         if self.schedule in V_SHAPED and held not in (None, 2):
             yield Problem(path="stages_per_rank", text=f"is {held}; {self.schedule} has 2")
-        if self.schedule in ("gpipe", "1f1b") and held not in (None, 1):
+        if self.schedule in ONE_STAGE and held not in (None, 1):
             yield Problem(path="stages_per_rank", text=f"is {held}; {self.schedule} has 1. interleaved-1f1b has more")
         if self.schedule == "interleaved-1f1b" and held == 1:
             yield Problem(path="stages_per_rank", text="is 1, which is 1f1b; interleaved-1f1b takes 2 or more")
+        if self.sends == "early" and self.schedule not in ONE_STAGE:
+            text = f"{self.schedule} has several stages on a rank, whose messages would meet. Legal: in-turn, or 1f1b"
+            yield Problem(path="sends", text=text)
         if self.split is not None and len(self.split) != self.stages:
             yield Problem(path="split", text=f"has {len(self.split)} entries; this pipeline has {self.stages} stages")
 
@@ -169,7 +178,7 @@ class Layout(Arrangement):
     @property
     def held(self) -> int:
         """Stages on each rank of the pipeline."""
-        return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
+        return self.stages_per_rank or (1 if self.schedule in ONE_STAGE else 2)
 
     @property
     def stages(self) -> int:
@@ -284,111 +293,10 @@ class Layout(Arrangement):
             kept[axis] = math.gcd(left, self.size(axis))
             left //= kept[axis]
         named = ", ".join(f"{axis} = {size}" for axis, size in kept.items() if size > 1)
-        legal = f"{named}, dp_shard = {left}" if named else f"dp_shard = {left}"
-        return f"Legal with {world}: {legal}; or start {self.asked} ranks: lmworks launch RECIPE --local {self.asked}"
+        nearest = f"{named}, dp_shard = {left}" if named else f"dp_shard = {left}"
+        return f"Legal with {world}: {nearest}; or start {self.asked} ranks: lmworks launch RECIPE --local {self.asked}"
 
 
 def problems_of(recipe: Any) -> list[Problem]:
     """What is wrong with a recipe's settled layout, with paths in the recipe."""
     return [Problem(path=f"layout.{p.path}".rstrip("."), text=p.text) for p in recipe.layout.check(recipe)]
-
-
-def _model(layout: Layout, recipe: Any) -> Iterator[Problem]:
-    """What the model's sizes do not allow. A model that cannot tell its sizes yet is looked at when it is built."""
-    try:
-        blocks = recipe.model.blocks()
-    except LmworksError:
-        return  # told where it is wrong, or a folder that is not there yet
-    if layout.pp > 1 and len(blocks) < layout.stages:
-        text = f"{layout.pp} x {layout.held} stages need as many blocks, the model has {len(blocks)}"
-        yield Problem(path="pp", text=f"{text}. The most is pp = {max(1, len(blocks) // layout.held)}")
-    if layout.split is not None and sum(layout.split) != len(blocks):
-        yield Problem(path="split", text=f"names {sum(layout.split)} blocks, the model has {len(blocks)}")
-    groups = math.gcd(*(block.n_kv_heads for block in blocks))
-    if groups % layout.tp:
-        text = f"{layout.tp} does not divide the key/value heads of every block"
-        yield Problem(path="tp", text=f"{text}. Legal: {legal_divisors(groups)}")
-    elif layout.context == "ulysses" and groups // layout.tp % layout.cp:
-        text = (
-            f"ulysses gives each of {layout.cp} ranks of cp some of the {groups // layout.tp} key/value heads of a rank"
-        )
-        yield Problem(
-            path="context", text=f"{text}. Legal: cp = {legal_divisors(groups // layout.tp)}, or another context"
-        )
-    yield from _experts(layout, max(block.experts or 0 for block in blocks))
-    vocabulary = recipe.model.vocab_size
-    if vocabulary is not None and vocabulary < layout.tp:
-        yield Problem(path="tp", text=f"{layout.tp} is more than the vocabulary of {vocabulary}")
-
-
-def _experts(layout: Layout, experts: int) -> Iterator[Problem]:
-    """Experts that cannot be divided so."""
-    if layout.ep > 1 and not experts:
-        yield Problem(path="ep", text="has no effect: the model has no experts (model.experts)")
-    elif experts % layout.ep:
-        yield Problem(
-            path="ep", text=f"{layout.ep} does not divide {experts} experts. Legal: {legal_divisors(experts)}"
-        )
-    if experts and layout.tp > 1:
-        yield Problem(path="tp", text="does not divide experts yet: take ep, with tp = 1")
-    if layout.settled and layout.size("fsdp") % layout.ep:
-        text = f"{layout.ep} does not divide dp_shard x cp = {layout.size('fsdp')}, whose ranks it takes"
-        yield Problem(path="ep", text=f"{text}. Legal: {legal_divisors(layout.size('fsdp'))}")
-
-
-def _batch(layout: Layout, recipe: Any) -> Iterator[Problem]:
-    """Rows and tokens that cannot be divided."""
-    length = recipe.data.sequence_length
-    need = layout.tp * layout.runs
-    if length % layout.runs:
-        held = "two runs of a row's tokens" if layout.order == "zigzag" else "as many of a row's tokens"
-        text = f"each of {layout.cp} ranks holds {held}, but sequence_length = {length}"
-        yield Problem(path="cp", text=f"{text}; take a multiple of {layout.runs}, as {_up(length, layout.runs)}")
-    elif layout.sequence_parallel and length % need:
-        text = f"sequence_length = {length} is not divisible by {need}; take {_up(length, need)}"
-        yield Problem(path="sequence_parallel", text=text)
-    if not layout.settled:
-        return
-    rows, readers = recipe.batch_size, layout.size("batch")
-    if rows % readers:
-        text = f"{readers} ranks share the rows of a step, but batch_size = {rows}; take {_up(rows, readers)}"
-        yield Problem(path="dp_shard" if layout.size("dp_shard") > 1 else "dp_replicate", text=text)
-        return
-    own, micro = rows // readers, recipe.micro_batch_size or rows // readers
-    if layout.pp > 1 and own % micro:
-        text = f"a pipeline's micro-batches are of one size, but {own} rows do not make micro-batches of {micro}"
-        yield Problem(path="pp", text=f"{text}. Legal: micro_batch_size = {legal_divisors(own)}")
-    elif layout.pp > 1:
-        yield from _schedule(layout, own // micro)
-
-
-def _schedule(layout: Layout, micro_batches: int) -> Iterator[Problem]:
-    """Numbers of micro-batches that a schedule cannot order."""
-    least = {"1f1b": layout.pp, "dualpipe-v": layout.stages}.get(layout.schedule, 1)
-    if micro_batches < least:
-        text = f"{layout.schedule} needs {least} micro-batches or more on this layout; here are {micro_batches}"
-        yield Problem(path="schedule", text=f"{text}. Lower micro_batch_size, or take gpipe")
-    if layout.schedule == "interleaved-1f1b":
-        rounds = max(1, micro_batches // layout.pp)
-        if micro_batches % rounds:
-            text = f"interleaved-1f1b runs micro-batches in rounds of equal size; {micro_batches} do not make {rounds}"
-            yield Problem(path="schedule", text=f"{text}. Take a multiple of pp = {layout.pp}")
-
-
-def _parts(layout: Layout, recipe: Any) -> Iterator[Problem]:
-    """Parts of the recipe that need what a rank of this layout does not have."""
-    if not layout.settled or layout.ranks == 1:
-        return
-    if not recipe.selector.row_by_row:
-        text = "chooses among all rows of a step, and no rank of this layout sees them all. Run it on one rank"
-        yield Problem(path="selector", text=text)
-    if not recipe.optimizer.core().value_by_value:
-        text = "needs whole matrices or passes of its own, which no rank of this layout can make. Run it on one rank"
-        yield Problem(path="optimizer", text=text)
-    if recipe.model.tied and layout.pp > 1 and layout.schedule in V_SHAPED and layout.size("fsdp") > 1:
-        text = f"{layout.schedule} puts both ends of a tied model on one rank, which FSDP cannot divide. Take 1f1b"
-        yield Problem(path="schedule", text=f"{text}, or model.tied = false")
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

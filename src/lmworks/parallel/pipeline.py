@@ -23,7 +23,7 @@ from lmworks.parallel.clock import clock_of
 from lmworks.parallel.flight import Entry
 from lmworks.parallel.layout import V_SHAPED, Layout
 from lmworks.parallel.schedule import TORCH, Action, Kind, order
-from lmworks.parallel.wire import Wire
+from lmworks.parallel.wire import BACK, Running, Wire
 
 
 def split(config: Shape, layout: Layout, *, sequence: int) -> list[range]:
@@ -85,17 +85,62 @@ def holder(layout: Layout, stage: int) -> int:
     return next(place for place in range(layout.pp) if stage in held_by(layout, place))
 
 
+class Mail:
+    """What a stage that is alone on its rank receives and sends in a step, none of it waited for before it is needed.
+
+    Gradients go back over a group of their own: where a backend keeps what goes between two ranks in one order, a
+    receive that stands early would hold up the send behind it. Shown with gloo only, for want of several GPUs.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._coming: dict[tuple[Kind, int], list[Running]] = {}
+        self._going: list[Running] = []
+
+    def await_all(self, kind: Kind, of: Callable[[int], Any], micro_batches: int) -> None:
+        """Post the receives of all micro-batches; `of` gives torch's."""
+        of_place = self._wire.place("pp") + (-1 if kind is Kind.FORWARD else 1)
+        for i in range(micro_batches):
+            posted = [self._wire.begin_receive(x.tensor, of_place, "pp", _group(kind)) for x in of(i)]
+            self._coming[kind, i] = posted
+
+    def arrived(self, kind: Kind, micro_batch: int) -> None:
+        """Return when what a micro-batch needs is there."""
+        for running in self._coming.pop((kind, micro_batch), ()):
+            running.wait()
+
+    def send(self, kind: Kind, operations: Any) -> None:
+        """Send, and do not wait."""
+        to = self._wire.place("pp") + (1 if kind is Kind.FORWARD else -1)
+        self._going += [self._wire.begin_send(x.tensor, to, "pp", _group(kind)) for x in operations]
+
+    def settle(self) -> None:
+        """The step is over: return when all is sent."""
+        for running in self._going:
+            running.wait()
+        self._going.clear()
+
+
+def _group(kind: Kind) -> str:
+    return "pp" if kind is Kind.FORWARD else BACK
+
+
 class Stage(PipelineStage):
-    """torch's stage, with what it sends put on the bill, and the time that it computes on the clock."""
+    """torch's stage, with what it sends put on the bill, and the time that it computes on the clock.
+
+    With `mail` torch's schedule finds nothing to send or to wait for: it is under way already.
+    """
 
     wire: Wire
     timed: Callable[[Action], AbstractContextManager[None]]
-    awaited: dict[tuple[str, int], list[Entry]]
+    awaited: dict[tuple[Kind, int], list[Entry]]
     """On the flight record: messages that are to come, by direction and micro-batch."""
+    mail: Mail | None = None
+    micro_batches: int = 0
 
     def forward_one_chunk(self, fwd_chunk_id: int, *words: Any, **named: Any) -> Any:
         """A micro-batch forward."""
-        self._came("forward", fwd_chunk_id)
+        self._came(Kind.FORWARD, fwd_chunk_id)
         with self.timed(Action(Kind.FORWARD, self.stage_index, fwd_chunk_id)):
             return super().forward_one_chunk(fwd_chunk_id, *words, **named)
 
@@ -103,7 +148,7 @@ class Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> Any:
         """A micro-batch backward, or the gradient of its input alone."""
-        self._came("backward", bwd_chunk_id)
+        self._came(Kind.BACKWARD, bwd_chunk_id)
         kind = Kind.BACKWARD if full_backward else Kind.BACKWARD_INPUT
         with self.timed(Action(kind, self.stage_index, bwd_chunk_id)):
             return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
@@ -113,23 +158,33 @@ class Stage(PipelineStage):
         with self.timed(Action(Kind.BACKWARD_WEIGHT, self.stage_index, bwd_chunk_id)):
             return super().backward_weight_one_chunk(bwd_chunk_id, *words, **named)
 
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
-        """What torch sends to the next stage."""
-        return self._billed(super().get_fwd_send_ops(fwd_chunk_id))
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
-        """What torch sends to the stage before."""
-        return self._billed(super().get_bwd_send_ops(bwd_chunk_id))
-
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-        """What torch receives from the stage before."""
-        return self._expected(super().get_fwd_recv_ops(fwd_chunk_id), "forward", fwd_chunk_id)
+        """What torch receives from the stage before. The first question of a step is for micro-batch 0."""
+        if self.mail is None:
+            return self._expected(super().get_fwd_recv_ops(fwd_chunk_id), Kind.FORWARD, fwd_chunk_id)
+        if fwd_chunk_id == 0:
+            self.mail.await_all(Kind.FORWARD, super().get_fwd_recv_ops, self.micro_batches)
+            self.mail.await_all(Kind.BACKWARD, super().get_bwd_recv_ops, self.micro_batches)
+        return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
         """What torch receives from the next stage."""
-        return self._expected(super().get_bwd_recv_ops(bwd_chunk_id), "backward", bwd_chunk_id)
+        if self.mail is not None:
+            return []
+        return self._expected(super().get_bwd_recv_ops(bwd_chunk_id), Kind.BACKWARD, bwd_chunk_id)
 
-    def _billed(self, operations: Any) -> Any:
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        """What torch sends to the next stage."""
+        return self._sent(Kind.FORWARD, super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """What torch sends to the stage before."""
+        return self._sent(Kind.BACKWARD, super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _sent(self, kind: Kind, operations: Any) -> Any:
+        if self.mail is not None:
+            self.mail.send(kind, operations)
+            return []
         flight = self.wire.flight
         for operation in operations:
             size = operation.tensor.nbytes
@@ -137,14 +192,16 @@ class Stage(PipelineStage):
             flight.leave(flight.enter("pp", "send", size, operation.peer))  # it goes on beside the work
         return operations
 
-    def _expected(self, operations: Any, direction: str, micro_batch: int) -> Any:
+    def _expected(self, operations: Any, kind: Kind, micro_batch: int) -> Any:
         enter = self.wire.flight.enter
-        self.awaited[direction, micro_batch] = [enter("pp", "receive", o.tensor.nbytes, o.peer) for o in operations]
+        self.awaited[kind, micro_batch] = [enter("pp", "receive", o.tensor.nbytes, o.peer) for o in operations]
         return operations
 
-    def _came(self, direction: str, micro_batch: int) -> None:
-        """What a piece of work needed has come, since it begins."""
-        for entry in self.awaited.pop((direction, micro_batch), ()):
+    def _came(self, kind: Kind, micro_batch: int) -> None:
+        """What a piece of work needs has come, or comes now."""
+        if self.mail is not None:
+            self.mail.arrived(kind, micro_batch)
+        for entry in self.awaited.pop((kind, micro_batch), ()):
             self.wire.flight.leave(entry)
 
 
@@ -158,6 +215,7 @@ class Pipeline:
         layout = wire.layout
         self.stages = held_by(layout, wire.place("pp"))
         self._schedules: dict[tuple[int, int, int], Any] = {}
+        self._mail = Mail(wire) if layout.sends == "early" else None
         self._loss_of: Callable[[Backbone, Batch, Tensor], Tensor] | None = None
         self._micros: Sequence[Batch] = ()
         self._clock: Clock = clock_of(device)
@@ -210,6 +268,8 @@ class Pipeline:
         start = self._clock.mark()
         with self.wire.spans.span("pipeline", exchange=True):  # what is not in the passes is waiting
             schedule.step(*inputs, return_outputs=False, **facts)
+            if self._mail is not None:
+                self._mail.settle()
         self._whole = start, self._clock.mark()
         self._micros, self._loss_of = (), None
         if not losses:
@@ -227,6 +287,8 @@ class Pipeline:
         key = (micro_batches, rows, length)
         if key not in self._schedules:
             stages = [self._stage(i, rows, length) for i in range(len(self.chunks))]
+            for stage in stages:
+                stage.mail, stage.micro_batches = self._mail, micro_batches
             made = TORCH[self.wire.layout.schedule]
             single = self.wire.layout.held == 1
             self._schedules[key] = made(

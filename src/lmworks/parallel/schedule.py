@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, final
 from torch.distributed import pipelining
 
 from lmworks.core.errors import UsageError, did_you_mean
+from lmworks.parallel.layout import ONE_STAGE
 
 TORCH: Mapping[str, Any] = {
     "gpipe": pipelining.ScheduleGPipe,
@@ -32,8 +33,6 @@ TORCH: Mapping[str, Any] = {
     "dualpipe-v": pipelining.ScheduleDualPipeV,
 }
 """torch's class for every schedule."""
-ONE_STAGE = ("gpipe", "1f1b")
-"""Schedules whose ranks hold one stage each."""
 TWO_STAGES = ("zero-bubble-v", "dualpipe-v")
 """Schedules whose ranks hold two stages each: rank r holds r and 2 p - 1 - r."""
 

@@ -20,13 +20,15 @@ from lmworks.model.attention import Attention
 from lmworks.model.axes import axes
 from lmworks.model.backbone import Backbone
 from lmworks.model.layers import Linear
-from lmworks.parallel import crossing
+from lmworks.parallel import crossing, sliced
 from lmworks.parallel.shard import Cut, shares
 from lmworks.parallel.vocabulary import DividedEmbedding, DividedVocabulary
 from lmworks.parallel.wire import Wire
 
 READERS = ("attn.o_proj", "ffn.down_proj")
 """Matrices that read a divided axis: their products are summed over the ranks."""
+ENTERED = {"attn": ("q_proj", "k_proj", "v_proj"), "ffn": ("gate_proj", "up_proj")}
+"""Matrices that read all tokens, by what they belong to."""
 WITHIN = (".q_norm.weight", ".k_norm.weight")
 """Whole parameters that act on divided heads: every rank has a part of their gradient."""
 
@@ -52,8 +54,8 @@ def cuts_for(model: Backbone, wire: Wire) -> dict[str, Cut]:
     return found
 
 
-def connect(model: Backbone, cuts: Mapping[str, Cut], wire: Wire, *, tokens_divided: bool) -> None:
-    """Put exchanges where the matrices of a model that is divided over tp meet."""
+def connect(model: Backbone, cuts: Mapping[str, Cut], wire: Wire, *, tokens_divided: bool, slices: int = 1) -> None:
+    """Put exchanges where the matrices of a model that is divided over tp meet; in `slices`, beside the products."""
     if wire.size("tp") == 1:
         return
     if model.embed is not None:
@@ -63,15 +65,16 @@ def connect(model: Backbone, cuts: Mapping[str, Cut], wire: Wire, *, tokens_divi
     if table is not None:
         model.vocabulary = DividedVocabulary(wire, table.offset, table.length, table.whole)
     for block in model.blocks.values():
-        attention, enter = block.get_submodule("attn"), _entering(wire, tokens_divided=tokens_divided)
-        assert isinstance(attention, Attention)
-        attention.enter = enter
-        block.get_submodule("ffn").register_forward_pre_hook(lambda _, args, enter=enter: (enter(args[0]), *args[1:]))
+        if slices > 1:
+            _divide_entering(block, wire, slices, tokens_divided=tokens_divided)
+        else:
+            _enter(block, wire, tokens_divided=tokens_divided)
         for path in READERS:
             parent, _, child = path.rpartition(".")
             reader = block.get_submodule(path)
             assert isinstance(reader, Linear)
-            setattr(block.get_submodule(parent), child, Reader(reader, wire, tokens_divided=tokens_divided))
+            made = Reader(reader, wire, tokens_divided=tokens_divided, slices=slices)
+            setattr(block.get_submodule(parent), child, made)
     if tokens_divided:
         _between(model, wire)
 
@@ -87,22 +90,46 @@ def partial_over_tp(name: str, *, tokens_divided: bool) -> bool:
 class Reader(Linear):
     """A product over a divided axis: the ranks' products are summed, then the bias is added, once."""
 
-    def __init__(self, linear: Linear, wire: Wire, *, tokens_divided: bool) -> None:
+    def __init__(self, linear: Linear, wire: Wire, *, tokens_divided: bool, slices: int = 1) -> None:
         super(nn.Linear, self).__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
         self.wire = wire
         self.tokens_divided = tokens_divided
+        self.slices = slices
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, T, in / tp) -> (B, T, out); (B, T / tp, out) where tokens are divided."""
-        part = self.product(input, self.weight, None)
-        if self.tokens_divided:
-            out = crossing.scatter_sum(part, self.wire, "tp", 1)
+        if self.slices > 1:
+            out = sliced.reader(input, self.weight, self.wire, self.slices, divided=self.tokens_divided)
         else:
-            out = crossing.sum_over(part, self.wire, "tp")
+            out = self._summed(self.product(input, self.weight, None))
         bias: Tensor | None = self.bias
         return out if bias is None else out + bias.to(out.dtype)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        if self.tokens_divided:
+            return crossing.scatter_sum(part, self.wire, "tp", 1)
+        return crossing.sum_over(part, self.wire, "tp")
+
+
+def _enter(block: nn.Module, wire: Wire, *, tokens_divided: bool) -> None:
+    """What happens in front of attention and FFN: every rank gets all tokens."""
+    attention, enter = block.get_submodule("attn"), _entering(wire, tokens_divided=tokens_divided)
+    assert isinstance(attention, Attention)
+    attention.enter = enter
+    block.get_submodule("ffn").register_forward_pre_hook(lambda _, args, enter=enter: (enter(args[0]), *args[1:]))
+
+
+def _divide_entering(block: nn.Module, wire: Wire, slices: int, *, tokens_divided: bool) -> None:
+    """The same, slice by slice, beside the products that read them."""
+    for path, names in ENTERED.items():
+        parent = block.get_submodule(path)
+        linears = [(name, child) for name, child in parent.named_children() if name in names]
+        assert all(type(child) is Linear for _, child in linears), "plain matrices read what is gathered"
+        together = sliced.Columns([child for _, child in linears], wire, slices, tokens_divided=tokens_divided)  # type: ignore[misc]  # all are Linear
+        for (name, _), member in zip(linears, together.members, strict=True):
+            setattr(parent, name, member)
 
 
 def _entering(wire: Wire, *, tokens_divided: bool) -> Callable[[Tensor], Tensor]:

@@ -1,8 +1,9 @@
 """The counted door: every collective of lmworks goes through a Wire, which knows the axes and keeps the bill.
 
 Bytes are those that one rank must send by the ring algorithms, whatever the backend does: with n ranks on the axis,
-all-gather and reduce-scatter send (n - 1) / n of the whole tensor, all-reduce twice that, all-to-all what is for
-others, a send what is sent. So formulas of papers can be held against the bill. An axis of one rank sends nothing.
+all-gather, reduce-scatter and, on average, broadcast send (n - 1) / n of the whole tensor, all-reduce twice that,
+all-to-all what is for others, a send what is sent. So formulas of papers can be held against the bill. An axis of one
+rank sends nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Group = dist.ProcessGroup
 gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
+BACK = "pp/back"
+"""A second group of the ranks of a pipeline: gradients that go back wait for no hidden states that go forward."""
 LAST = 6
 """How many of the last exchanges are told with the error of a rank that waited in vain."""
 
@@ -78,7 +80,7 @@ class _Watched:
 
 @dataclass(frozen=True)
 class _Swap:
-    """Several sends and receipts; their tensors stay until all are done."""
+    """One or more sends and receipts; their tensors stay until all are done."""
 
     parcels: list[Any]
     works: list[Any]
@@ -92,11 +94,21 @@ class _Swap:
 class Wire:
     """Collectives of one rank by the name of the axis."""
 
-    def __init__(self, layout: Layout, rank: int, groups: Mapping[str, Group], *, first_here: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        groups: Mapping[str, Group],
+        *,
+        first_here: bool = True,
+        here: range | None = None,
+    ) -> None:
         self.layout = layout
         self.rank = rank
         self.first_here = first_here
-        """Whether this is the first rank of its machine."""
+        """Whether this is the first rank of its host."""
+        self.here = here or range(rank, rank + 1)
+        """The ranks of this machine."""
         self._groups = dict(groups)
         self.bills: dict[tuple[str, str], Bill] = {}
         """By (axis, operation)."""
@@ -136,10 +148,12 @@ class Wire:
             yield
         self.flight.leave(entry)
 
-    def watched(self, running: Running, axis: str, operation: str, size: float) -> Running:
+    def watched(
+        self, running: Running, axis: str, operation: str, size: float, peer: int | None = None
+    ) -> Running:
         """An exchange that has just begun and goes on beside other work: on the flight record and on the timeline until
-        its `wait()`. It is on the bill already."""
-        entry = self.flight.enter(axis, operation, size)
+        its `wait()`. It is on the bill already. `peer`: as `counted` takes it."""
+        entry = self.flight.enter(axis, operation, size, self._rank_at(axis, peer))
         name = f"{axis} {operation}"
         span = self.spans.span(name, stream=BESIDE, bytes=size, exchange=True, number=entry.number)
         return _Watched(self, running, name, entry, span.__enter__())
@@ -180,6 +194,21 @@ class Wire:
                 dist.all_reduce(x, op=op, group=self.group(axis))
         return x
 
+    def broadcast(self, x: Tensor, axis: str) -> Tensor:
+        """What the first rank of the axis has, in place."""
+        n = self.size(axis)
+        if n > 1:
+            with self.counted(axis, "broadcast", (n - 1) / n * x.nbytes):
+                dist.broadcast(x, group=self.group(axis), group_src=0)
+        return x
+
+    def anywhere(self, facts: Sequence[bool], device: torch.device) -> list[bool]:
+        """Of each fact whether it holds on any rank."""
+        if self.layout.ranks == 1:
+            return list(facts)
+        found = self.maximum(torch.tensor([float(fact) for fact in facts], device=device), "world")
+        return [bool(x) for x in found]
+
     def gather(self, x: Tensor, axis: str, dim: int) -> Tensor:
         """The ranks' tensors, all of one shape, behind each other along `dim`."""
         n = self.size(axis)
@@ -192,6 +221,14 @@ class Wire:
         with self.counted(axis, "all-gather", (n - 1) / n * whole.nbytes):
             gather_into(target, x.movedim(dim, 0).contiguous(), group=self.group(axis))
         return whole if straight else whole.copy_(target.movedim(0, dim))
+
+    def begin_gather(self, out_NW: Tensor, x_W: Tensor, axis: str) -> Running:
+        """Begin to gather from N > 1 ranks, one in each row of `out`, which is there after `wait()`; contiguous."""
+        n = self.size(axis)
+        size = (n - 1) / n * out_NW.nbytes
+        self.note(axis, "all-gather", size)
+        running = gather_into(out_NW.view(-1), x_W.view(-1), group=self.group(axis), async_op=True)
+        return self.watched(running, axis, "all-gather", size)
 
     def scatter_sum(self, x: Tensor, axis: str, dim: int) -> Tensor:
         """This rank's part, along `dim`, of the sum over the axis."""
@@ -211,7 +248,7 @@ class Wire:
         n = self.size(axis)
         size = (n - 1) / n * x_NW.nbytes
         self.note(axis, "reduce-scatter", size)
-        running = reduce_scatter_into(out_W, x_NW.view(-1), group=self.group(axis), async_op=True)
+        running = reduce_scatter_into(out_W.view(-1), x_NW.view(-1), group=self.group(axis), async_op=True)
         return self.watched(running, axis, "reduce-scatter", size)
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int], axis: str) -> Tensor:
@@ -244,6 +281,19 @@ class Wire:
         with self.spans.span(f"{axis} receive", bytes=size, exchange=True, number=entry.number):
             yield
         self.flight.leave(entry)
+    def begin_send(self, x: Tensor, to: int, axis: str, group: str | None = None) -> Running:
+        """Begin to send to the rank at place `to` of the axis; x stays as it is until `wait()`. `group`: another one of
+        the same ranks, so that it is in no turn with what else goes between them."""
+        self.note(axis, "send", x.nbytes)
+        x = x.contiguous()
+        sending = _Swap([x], [dist.isend(x, group=self.group(group or axis), group_dst=to)])
+        return self.watched(sending, axis, "send", x.nbytes, to)
+
+    def begin_receive(self, x: Tensor, of: int, axis: str, group: str | None = None) -> Running:
+        """Begin to receive from the rank at place `of` of the axis into x, contiguous, which is there after `wait()`.
+        `group` as in `begin_send`."""
+        receiving = _Swap([x], [dist.irecv(x, group=self.group(group or axis), group_src=of)])
+        return self.watched(receiving, axis, "receive", x.nbytes, of)
 
     def begin_swap(self, sent: Sequence[Sent], received: Sequence[tuple[Tensor, int]], axis: str) -> Running:
         """Begin to send to some ranks of an axis and to receive from some, all at once; each of `received` is a

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from lmworks.core.errors import UsageError
 from lmworks.parallel.layout import AXES, Layout
 from lmworks.parallel.state import STATE_AXES
-from lmworks.parallel.wire import Group, Wire
+from lmworks.parallel.wire import BACK, Group, Wire
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for the other ranks before the run ends with an error."""
@@ -84,6 +84,13 @@ def seated(place: Seat, layout: Layout) -> Seat:
             next_step="start the run there, or take machines out of the recipe's layout",
         )
     return dataclasses.replace(place, rank=layout.machines.index(name) * each + place.local_rank % each)
+
+
+def neighbours(place: Seat, layout: Layout) -> range:
+    """The ranks on the machine of a seat, this one among them; where a host counts as several machines, on its own."""
+    each = place.local_world if layout.machines is None else layout.ranks // len(layout.machines)
+    first = place.rank - place.local_rank % each
+    return range(first, first + each)
 
 
 def device_of(kind: str, place: Seat) -> torch.device:
@@ -161,7 +168,9 @@ def wire(layout: Layout, place: Seat) -> Wire:
         groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
         if layout.pp > 2:
             groups["ends"] = _ends(layout)
-    return Wire(layout, place.rank, groups, first_here=place.local_rank == 0)
+        if layout.sends == "early":
+            groups[BACK] = _group(layout, "pp")
+    return Wire(layout, place.rank, groups, first_here=place.local_rank == 0, here=neighbours(place, layout))
 
 
 def lines(layout: Layout, axis: str) -> list[list[int]]:

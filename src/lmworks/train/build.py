@@ -21,6 +21,7 @@ from lmworks.model.init import first_value
 from lmworks.model.ops import bf16_is_fast
 from lmworks.model.pieces import Box
 from lmworks.model.pretrained import Pretrained
+from lmworks.parallel import readers
 from lmworks.parallel.apply import Placement, place
 from lmworks.parallel.footprint import predict
 from lmworks.parallel.layout import problems_of
@@ -166,10 +167,13 @@ def _place(
     model = placement.model
     micro_rows = recipe.micro_batch_size or recipe.batch_size // placement.share[1]
     probe = Probe(model, recipe.objective, seed=seed_for(recipe.seed, "probe"), micro_rows=micro_rows)
+    selector = recipe.selector.start(model, recipe.optimizer.core(), recipe.data.shares)
+    rows = -(-selector.candidates(recipe.batch_size) // placement.share[1])
+    sharing, remarks = readers.appoint(wire, device, rows=rows, length=recipe.data.sequence_length)
     step = Step(
         placement=placement,
-        source=prepared.train(share=placement.share, pin=device.type == "cuda"),
-        selector=recipe.selector.start(model, recipe.optimizer.core(), recipe.data.shares),
+        source=prepared.train(share=placement.share, pin=device.type == "cuda", sharing=sharing),
+        selector=selector,
         objective=recipe.objective,
         gradient=recipe.gradient,
         update=recipe.optimizer.build(model),
@@ -180,7 +184,7 @@ def _place(
         caches=[cache for found in caches for cache in found],
         around_update=_measured(recipe, model, probe),
     )
-    return placement, step, notes
+    return placement, step, [*notes, *remarks]
 
 
 def _measured(recipe: Train, model: Backbone, probe: Probe) -> Callable[[], AbstractContextManager[None]]:

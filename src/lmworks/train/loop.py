@@ -13,15 +13,16 @@ import torch
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError, OutOfMemory, RecipeError, Stopped, UsageError
 from lmworks.core.run import RunFolder, fresh
-from lmworks.model.checkpoint import complete, write_shape
+from lmworks.model.checkpoint import complete, unfinished, write_shape
 from lmworks.model.pieces import Pieces
-from lmworks.parallel import failure, feedback, world
+from lmworks.parallel import failure, feedback, restore, spread, world
 from lmworks.parallel.footprint import Footprint, in_words, listed, measured
 from lmworks.parallel.gather import gather
 from lmworks.parallel.layout import Layout
 from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
+from lmworks.train.checkpoints import Checkpoints
 from lmworks.train.energy import Meter, meter_of
 from lmworks.train.rate import memory_bytes, most_bytes, peak_flops
 from lmworks.train.recipe import MAY_DIFFER, Train, may_differ
@@ -65,7 +66,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
             if checkpoint is DONE:
                 report.note("this run is already done; --resume never starts a new one beside it")
                 return folder
-            for text in notes:
+            for text in (*notes, *passed_over(folder, wire.rank)):
                 report.note(text)
             stored = save.Stored(checkpoint, wire.seat) if checkpoint is not None else None
             built = _build(recipe, wire, device, stored, stop, report)
@@ -123,6 +124,12 @@ def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
     return found[-1] if found else None
 
 
+def passed_over(folder: RunFolder, rank: int) -> list[str]:
+    """A sentence for each checkpoint that a kill, or a full disk, left half written."""
+    names = unfinished(folder.checkpoints) if rank == 0 else []
+    return [f"checkpoint {name} was not written to its end, and is passed over" for name in names]
+
+
 def _build(
     recipe: Train, wire: Wire, device: torch.device, stored: save.Stored | None, stop: StopRequest, report: Reporter
 ) -> Built:
@@ -162,8 +169,16 @@ class Loop:
         self.progress = Progress()
         self.began = 0
         """The step that this attempt goes on from."""
+        self.since: Row = {}
+        """What the next step's row says of the time between the steps."""
         self.watchers: list[Watcher] = [settings.start() for settings in built.recipe.watchers]
-        self.checkpoints = save.Checkpoints(folder.checkpoints, built.recipe.checkpoints, self.wire.seat)
+        self.checkpoints = Checkpoints(
+            folder.checkpoints,
+            built.recipe.checkpoints,
+            self.wire.seat,
+            tell=records.checkpoint,
+            agree=lambda facts: self.wire.anywhere(facts, built.device),
+        )
         rate, source = peak_flops(built.device, built.dtype)
         self.peak = (rate * self.wire.layout.ranks, source)
         self.energy = Spending(meter, built.recipe.energy, self.wire, self.events, built.device)
@@ -228,7 +243,7 @@ class Loop:
             if _due(recipe.samples.every, progress.step) or at_end:
                 self._sample()
             if _due(recipe.checkpoints.every, progress.step) or at_end or why is not None:
-                self._save()
+                self._save(last=at_end or why is not None)
             if why is not None and not at_end:
                 return why
         return None
@@ -236,10 +251,8 @@ class Loop:
     def _why(self, stop: StopRequest) -> str | None:
         """Why the run should stop now, as all ranks see it."""
         why = stop.reason()
-        if self.wire.layout.ranks == 1:
-            return why
-        asked = self.wire.maximum(torch.tensor([float(why is not None)], device=self.built.device), "world")
-        return (why or "another rank was asked to stop") if bool(asked) else None
+        (asked,) = self.wire.anywhere([why is not None], self.built.device)
+        return (why or "another rank was asked to stop") if asked else None
 
     def _step(self) -> StepRecord:
         """One step, its row in metrics.jsonl, and a validation when one is due."""
@@ -277,7 +290,9 @@ class Loop:
             **({"saved_bytes": books.peak, "state_bytes": seen.optimizer} if seen is not None else {}),
             **self.energy.row(spent),
             **result.extra,
+            **self.since,
         }
+        self.since = {}
         self.records.write(progress.step, row)
         found = (
             self._validate() if _due(recipe.validation.every, progress.step) or progress.step == recipe.steps else None
@@ -355,13 +370,14 @@ class Loop:
         if found:
             self.report.note(f"sample: {found[0]['prompt']}{found[0]['text']}")
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool) -> None:
         with self.events.span("save"), self.energy.phase("checkpoint"):
             self.records.sync()
             self.records.note_cost(self.progress)
             if self.energy.bill() is not None:  # otherwise what earlier attempts counted stays
                 self.progress.energy = self.energy.account
-            self.checkpoints.save(self.progress.step, self._snapshot())
+            blocked = self.checkpoints.save(self.progress.step, self._snapshot(), last=last)
+            self.since = {"checkpoint/blocked_seconds": blocked}
 
     def _snapshot(self) -> save.Snapshot:
         step = self.built.step
@@ -374,8 +390,8 @@ class Loop:
         }
         random = save.random_state() | {"probe": step.probe.state()["generator"]}
         kept = {
-            "model": self.placement.saved(self.placement.values()),
-            "optimizer": self.placement.saved(step.update.state()),
+            "model": spread.saved(self.placement, self.placement.values()),
+            "optimizer": spread.saved(self.placement, step.update.state()),
             "selector": (step.selector.state(), {}) if self.wire.rank == 0 else ({}, {}),
             "random": ({self._own(name): value for name, value in random.items()}, {}),
         }
@@ -393,8 +409,8 @@ class Loop:
         model, optimizer = stored.pieces("model"), stored.pieces("optimizer")
         save.must_fit(model.shapes(), self.placement.shapes(), where=where)
         changed = save.must_be_the_same_parts(state["parts"], parts_of(self.recipe), where=where)
-        self.placement.load(model)
-        step.update.load(self.placement.states(optimizer, model.shapes()))
+        restore.load(self.placement, model)
+        step.update.load(restore.states(self.placement, optimizer, model.shapes()))
         of, missed = self.placement.fed_back, stored.pieces("missed")
         anew = feedback.load(of, self.wire, missed, state.get("layout"), self.built.device)
         self._restore_random(stored.pieces("random"))

@@ -10,10 +10,10 @@ from lmworks.core.errors import Problem
 from lmworks.core.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Slot
 from lmworks.data.packed import Packed
 from lmworks.parallel.layout import Arrangement, Layout
+from lmworks.train.checkpoints import Saving
 from lmworks.train.gradient import Clip
 from lmworks.train.metering import Metering
 from lmworks.train.objective import CrossEntropy
-from lmworks.train.save import Saving
 from lmworks.train.saved import Keep
 from lmworks.train.schedule import Cosine, Schedule
 from lmworks.train.sinks import Sink, TensorBoard
@@ -113,6 +113,9 @@ class Train:
             yield Problem(path="micro_batch_size", text=f"{micro} is more than batch_size {self.batch_size}")
         if self.samples.every is not None and not self.samples.prompts:
             yield Problem(path="samples.every", text="has no effect without samples.prompts")
+        if not self.checkpoints.background and self.checkpoints.patience != Saving.patience:
+            text = "has no effect without checkpoints.background: training waits for every write"
+            yield Problem(path="checkpoints.patience", text=text)
         for name in ("every", "rows"):
             if getattr(self.validation, name) is not None and self.data.validation == 0:
                 text = "has no effect: data.validation is 0, no documents are held out"

@@ -23,6 +23,7 @@ from lmworks.model.pretrained import Pretrained
 from lmworks.parallel.footprint import Footprint, as_table
 from lmworks.parallel.layout import AXES
 from lmworks.train.build import Built
+from lmworks.train.checkpoints import News
 from lmworks.train.curves import draw
 from lmworks.train.energy import Account
 from lmworks.train.rate import peak_memory_bytes
@@ -152,6 +153,12 @@ class Records:
         except (LmworksError, RuntimeError, MemoryError) as error:
             self.events.write(f"{what} failed", reason=str(error))
             self.report.note(f"no {what}, the run goes on: {error}")
+
+    def checkpoint(self, news: News) -> None:
+        """What became of a checkpoint: an event, and a sentence where something went wrong."""
+        self.events.write(news.name, **news.facts)
+        if news.text is not None:
+            self.report.note(news.text)
 
     def sync(self) -> None:
         """Make all rows and texts durable: a checkpoint may only be newer than what led to it."""

@@ -193,6 +193,9 @@ class MadeUp:
         """Go on behind them."""
         self._step = state["step"]
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 def _pieces(made: Placement, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Box, Values]]:
     return {name: (made.boxes[name], local(x).detach().numpy().copy()) for name, x in tensors.items()}

@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,30 +34,14 @@ from torch import Tensor
 
 from lmworks.core import files
 from lmworks.core.errors import CheckpointError
-from lmworks.core.recipe import PositiveInt, differences
-from lmworks.model.checkpoint import complete, refused, step_of, verify
+from lmworks.core.recipe import differences
+from lmworks.model.checkpoint import refused, verify
 from lmworks.model.pieces import Box, Pieces, header
 
 FORMAT = 2
 TENSOR_FILES = ("model", "optimizer", "selector", "random", "missed")
 PATIENCE_MINUTES = 30
 """How long the first rank waits for the others' files."""
-HURRY_SECONDS = 10
-"""The same once a rank is known to be gone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saving:
-    """When checkpoints are written and which are kept."""
-
-    every: PositiveInt | None = None
-    """Steps between checkpoints; left out: only at the end and when the run is stopped."""
-    keep: PositiveInt = 2
-    """How many of the newest are kept."""
-    keep_every: PositiveInt | None = None
-    """Steps whose multiples are kept for good."""
-    background: bool = True
-    """Copy to host memory, then write while training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,91 +52,6 @@ class Snapshot:
     state: dict[str, Any]
     boxes: Mapping[str, Mapping[str, Box]] = field(default_factory=dict)
     """By file and name, where a tensor lies in the whole one; those that are not named are whole."""
-
-
-class Checkpoints:
-    """The checkpoints of one run, as one of its ranks sees them: `seat` = (rank, ranks)."""
-
-    def __init__(self, folder: Path, saving: Saving, seat: tuple[int, int] = (0, 1)) -> None:
-        self.folder = folder
-        self._saving = saving
-        self._seat = seat
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._until = math.inf
-        if seat[0] == 0:
-            for leftover in folder.glob(".writing-*"):
-                shutil.rmtree(leftover)
-
-    def forget_after(self, step: int) -> list[int]:
-        """Delete the checkpoints of later steps, which a run that goes on from `step` left behind; their steps.
-
-        Without this the next start would take one of them, and not what was written since.
-        """
-        later = [path for path in complete(self.folder) if step_of(path) > step]
-        for path in [_doomed(path) for path in later]:  # all names are gone before the first byte is
-            shutil.rmtree(path)
-        return [step_of(path) for path in later]
-
-    def save(self, step: int, snapshot: Snapshot) -> None:
-        """Write a checkpoint, in the background when so set. Raises CheckpointError for this or the last write."""
-        self.wait()
-        if not self._saving.background:
-            self._write(step, snapshot)
-            return
-        held = {name: {k: _held(v) for k, v in tensors.items()} for name, tensors in snapshot.tensors.items()}
-        copy = Snapshot(tensors=held, state=json.loads(json.dumps(snapshot.state)), boxes=snapshot.boxes)
-        thread = threading.Thread(target=self._guarded, args=(step, copy), name="checkpoint", daemon=False)
-        thread.start()
-        self._thread = thread  # one that could not be started is not waited for
-
-    def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError when the write failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    def hurry(self) -> None:
-        """Give up soon on what other ranks have not written: one of them is gone."""
-        self._until = time.monotonic() + HURRY_SECONDS
-
-    def _guarded(self, step: int, snapshot: Snapshot) -> None:
-        try:
-            self._write(step, snapshot)
-        except BaseException as error:  # noqa: BLE001  (handed to the training thread by wait())
-            self._failure = error
-
-    def _write(self, step: int, snapshot: Snapshot) -> None:
-        final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".writing-{final.name}"
-        if self._seat == (0, 1):
-            shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            write(temporary, snapshot, self._seat, until=lambda: self._until)
-            if self._seat[0] > 0:
-                return  # the first rank goes on when all have come so far
-            if final.exists():  # from an attempt that went further than the checkpoint this one resumed from
-                _remove(final)
-            temporary.rename(final)
-            files.sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            if self._seat[0] == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"could not be written: {files.why_not_written(error)}",
-                where=str(final),
-                next_step="make room, then run the same command again: it resumes from the newest complete checkpoint",
-            ) from error
-        self._drop_old()
-
-    def _drop_old(self) -> None:
-        every = self._saving.keep_every
-        spare = [p for p in complete(self.folder) if every is None or step_of(p) % every != 0]
-        for path in spare[: -self._saving.keep]:
-            _remove(path)
 
 
 def write(
@@ -167,7 +65,8 @@ def write(
     try:
         listed = _write_files(folder, snapshot, suffix=suffix, with_state=rank == 0)
     except (OSError, SafetensorError) as error:
-        files.write_json(folder / f"failed-{rank}.json", {"why": str(error)})
+        with suppress(OSError):  # a full disk may take no word either; the others learn it before the next save
+            files.write_json(folder / f"failed-{rank}.json", {"why": files.why_not_written(error)})
         raise
     files.write_json(folder / f"listed-{rank}.json", listed)
     if rank == 0:
@@ -210,15 +109,6 @@ def _write_files(folder: Path, snapshot: Snapshot, *, suffix: str, with_state: b
         files.write_json(path, snapshot.state)
         written.append(path)
     return {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)} for path in written}
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; a kill while files are being deleted must not leave half of one under its name."""
-    shutil.rmtree(_doomed(path))
-
-
-def _doomed(path: Path) -> Path:
-    return path.rename(path.with_name(f".writing-old-{path.name}"))
 
 
 class Stored:
@@ -289,11 +179,6 @@ def must_be_the_same_parts(found: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 def _listed(table: Any) -> list[dict[str, Any]]:
     return table if isinstance(table, list) else [table]
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """A copy in host memory that training cannot change."""
-    return tensor.detach().to("cpu", copy=True)
 
 
 def random_state() -> dict[str, Tensor]:

@@ -57,6 +57,10 @@ class Source(Protocol):
         """Continue at a saved place."""
         ...
 
+    def close(self) -> None:
+        """End its threads."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Component:

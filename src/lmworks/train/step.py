@@ -78,6 +78,7 @@ class Step:
         """One step. Raises NonFinite, on all ranks and with nothing updated, when loss or gradient is not finite."""
         placement, span = self.placement, self.placement.wire.spans.span
         self.probe.begin()
+        placement.begin()
         begun = time.perf_counter()
         with span("data"):
             drawn = self.source.draw(self.selector.candidates(self.rows)).to(placement.device)
@@ -117,7 +118,8 @@ class Step:
         )
 
     def close(self) -> None:
-        """End the threads of the caches, and give their files back."""
+        """End the threads of source and caches, and give their files back."""
+        self.source.close()
         for cache in self.caches:
             cache.close()
 
