@@ -111,7 +111,7 @@ class Train:
         if self.samples.every is not None and not self.samples.prompts:
             yield Problem(path="samples.every", text="has no effect without samples.prompts")
         for name in ("every", "rows"):
-            if getattr(self.validation, name) is not None and self.data.validation == 0:
+            if getattr(self.validation, name) is not None and not self.data.validates:
                 text = "has no effect: data.validation is 0, no documents are held out"
                 yield Problem(path=f"validation.{name}", text=text)
 
