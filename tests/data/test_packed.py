@@ -13,7 +13,8 @@ import torch
 from lmworks.core import recipe
 from lmworks.core.errors import DataError, MissingExtra
 from lmworks.data.pack import IGNORED
-from lmworks.data.packed import Packed, Prepared
+from lmworks.data.packed import Packed
+from lmworks.data.prepared import Prepared
 from lmworks.data.read import HuggingFace, Jsonl, PythonStdlib, TextFiles
 from lmworks.data.tokenizer import Bpe, Bytes
 

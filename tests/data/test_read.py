@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmworks.core.errors import DataError
-from lmworks.data.read import HuggingFace, Jsonl, Parquet, PythonStdlib, Reader, TextFiles, read_utf8
+from lmworks.data.mending import text_in
+from lmworks.data.read import HuggingFace, Jsonl, Parquet, PythonStdlib, Reader, TextFiles, read_bytes
 from lmworks.data.record import Dropped, Ids, Record, Span, Text, content_hash
 
 
@@ -117,6 +118,49 @@ def test_files_that_are_not_utf8_are_named_and_the_rest_is_read(tmp_path: Path) 
     reader = TextFiles(paths=(str(tmp_path / "*"),))
     assert texts(reader) == ["grün"], "the byte order mark is not text"
     assert dropped(reader) == [(f"{tmp_path}/a.txt", "not utf-8"), (f"{tmp_path}/c.txt", "empty")]
+
+
+BROKEN = [
+    ("caf\u00e9 ol\u00e9".encode("latin-1"), "caf\u00e9 ol\u00e9", "windows-1252"),
+    ("\u201chi\u201d".encode("cp1252"), "\u201chi\u201d", "windows-1252"),
+    ("h\u00e9llo".encode("utf-16"), "h\u00e9llo", "utf-16"),
+    (b"caf\xc3\xa9 and \xe9t\xe9 \x81", "caf\u00e9 and \u00e9t\u00e9 \x81", "windows-1252"),
+    ("plain caf\u00e9".encode(), "plain caf\u00e9", None),
+]
+
+
+@pytest.mark.parametrize(("data", "text", "mended"), BROKEN)
+def test_bytes_that_are_not_utf8_are_mended_where_asked_and_say_so(
+    data: bytes, text: str, mended: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    (item,) = TextFiles(paths=(str(tmp_path / "a.txt"),), broken="mend").read()
+    assert isinstance(item, Record)
+    assert item.content == (Text(text),)
+    assert dict(item.facts) == ({} if mended is None else {"mended": mended})
+
+
+@given(st.binary(max_size=40))
+def test_mending_keeps_every_utf8_text_and_always_gives_one(data: bytes) -> None:
+    text, mended = text_in(data)
+    text.encode("utf-8")
+    if mended is None:
+        assert data.removeprefix(b"\xef\xbb\xbf").decode() == text
+
+
+def test_lines_are_mended_one_by_one_and_halves_of_pairs_replaced(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "caf\xe9"}',
+        b'{"text": "odd \\ud800 half"}',
+        b'{"text": "fine"}',
+        b'{"text": "\\ud83d\\ude00"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    reader = Jsonl(paths=(str(tmp_path / "a.jsonl"),), broken="mend")
+    assert texts(reader) == ["caf\u00e9", "odd \ufffd half", "fine", "\U0001f600"]
+    facts = [dict(item.facts) for item in reader.read() if isinstance(item, Record)]
+    assert facts == [{"mended": "windows-1252"}, {"mended": "surrogate half"}, {}, {}]
+    assert len(dropped(Jsonl(paths=reader.paths))) == 2
 
 
 @pytest.mark.parametrize(
@@ -292,4 +336,4 @@ def test_a_span_lies_within_its_part(span: Span) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        read_utf8(tmp_path)
+        read_bytes(tmp_path)

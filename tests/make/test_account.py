@@ -77,6 +77,16 @@ def test_the_report_shows_what_each_stage_did(tmp_path: Path) -> None:
     assert rows[1][1:4] == ["22", "21", "95.45"]
 
 
+def test_documents_that_were_mended_are_kept_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("caf\u00e9 ol\u00e9 et th\u00e9".encode("latin-1"))
+    (tmp_path / "b.txt").write_text("three plain words")
+    readers = [{"use": "text", "name": "mixed", "paths": [str(tmp_path / "*.txt")], "broken": "mend"}]
+    content, _ = run(recipe([], STAGES, readers=readers), tmp_path / "out")
+    assert content["steps"][0]["kept"] == 2
+    assert content["steps"][0]["findings"] == {"documents that were not UTF-8 and were mended, as": {"windows-1252": 1}}
+    assert "windows-1252" in report.write(content, tmp_path / "out").read_text()
+
+
 def test_the_verb_answers_in_text_and_json(lmworks: Command, tmp_path: Path) -> None:  # noqa: F811
     write_jsonl(tmp_path / "books.jsonl", ["one two three", "one two three", "four five six", "seven"])
     Path("clean.toml").write_text(RECIPE)

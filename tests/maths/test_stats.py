@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmworks.maths.stats import bootstrap_interval, centre, smallest_effect, t_cdf, t_quantile
+from lmworks.maths.stats import bootstrap_interval, centre, risk_of_guessing, smallest_effect, t_cdf, t_quantile
+from tests.oracles import slimpajama as oracle
 
 FINITE = st.floats(-100, 100)
 
@@ -80,3 +81,20 @@ def test_the_smallest_effect_is_found_four_times_out_of_five() -> None:
 def test_nothing_has_no_interval() -> None:
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_interval([])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_the_risk_of_guessing_is_the_papers(scores: list[float]) -> None:
+    assert risk_of_guessing(scores) == pytest.approx(oracle.risk_of_guessing(scores), abs=1e-12)
+
+
+def test_the_risk_of_guessing_is_1_at_chance_and_a_quarter_when_all_is_right() -> None:
+    assert risk_of_guessing([0.25] * 5) == 1.0
+    assert risk_of_guessing([1.0] * 5) == 0.25
+    assert risk_of_guessing([0.5], choices=2) == 1.0
+
+
+@pytest.mark.parametrize(("scores", "choices"), [([], 4), ([1.2], 4), ([-0.1], 4), ([0.5], 1)])
+def test_the_risk_of_guessing_needs_accuracies(scores: list[float], choices: int) -> None:
+    with pytest.raises(ValueError, match="accuracies between 0 and 1"):
+        risk_of_guessing(scores, choices)

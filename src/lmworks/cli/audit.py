@@ -62,6 +62,47 @@ def energy(
     answer(content, as_json=as_json, text=_text(content))
 
 
+@app.command("sources")
+def sources(
+    recipe: Annotated[str, typer.Argument(help="A training recipe, or the name of a shipped one.")],
+    smoothing: Annotated[
+        float,
+        typer.Option(help="Occurrences of every token that are added to a source's counts before it is compared."),
+    ] = 1.0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; may be given many times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
+) -> None:
+    """Tokens, shares and epochs of a recipe's sources, and how far their token frequencies lie apart.
+
+    Example: lmworks audit sources methods/slimpajama-dc
+    """
+    from lmworks.audit import sources as audit
+    from lmworks.cli.console import Reporter
+    from lmworks.core import recipe as recipes
+    from lmworks.prove.evidence import plain
+
+    decoded = recipes.load(recipe, verb="train", sets=set_ or [])
+    content = audit.report(decoded, smoothing=smoothing, progress=Reporter().preparing)
+    answer(plain(content), as_json=as_json, text=_sources(content))
+
+
+def _sources(content: dict[str, Any]) -> str:
+    names = list(content["sources"])
+    found = [
+        [name, f"{one['tokens']:,}", f"{one['share']:.1%}", f"{one['epochs']:.2f}"]
+        for name, one in content["sources"].items()
+    ]
+    matrix = [[name, *(f"{content['kl_bits'][name][other]:.3f}" for other in names)] for name in names]
+    told = (
+        f"KL(row || column), bits a token; {content['smoothing']:g} added to each of {content['vocabulary']:,} tokens"
+    )
+    return "\n".join(
+        [table(found, header=["source", "tokens", "share", "epochs"]), "", table(matrix, header=["", *names]), told]
+    )
+
+
 def _power(found: dict[str, float], *, as_json: bool) -> None:
     notes = {"gap_seconds": "s of gaps left out", "missing": "samples missing", "clamped": "samples below 0"}
     told = "".join(f"; {found[name]:g} {text}" for name, text in notes.items() if found[name])

@@ -271,7 +271,8 @@ METHODS: dict[str, Method] = {
         "SlimPajama-DC: Understanding Data Combinations for LLM Training",
         2023,
         "clean, deduplicate globally, mix sources, and see what each is worth",
-        ("data", "mixture"),
+        ("data", "mixture", "schedule"),
+        "methods.slimpajama_dc",
     ),
     "sophia": Method(
         "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training",

@@ -56,7 +56,7 @@ def make_once(
         return
     with speaking(folder, elsewhere):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, waiting, elsewhere):
+    with locked(folder, waiting, elsewhere):
         if (folder / MANIFEST).is_file():
             return
         for left_over in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed: we hold the lock
@@ -84,7 +84,8 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _lock(folder: Path, waiting: Callable[[], None] | None, elsewhere: str) -> Iterator[None]:
+def locked(folder: Path, waiting: Callable[[], None] | None = None, elsewhere: str = ELSEWHERE) -> Iterator[None]:
+    """Alone at a folder, which need not be there; who comes second waits, and `waiting` is called."""
     with speaking(folder, elsewhere):
         handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR, 0o666)
     try:

@@ -7,25 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from lmworks.core import files
 from lmworks.core.errors import DataError
 from lmworks.data.cache import speaking
-from lmworks.data.read import Reader, SourceFile
+from lmworks.data.read import Progress, Reader, SourceFile
 
 SHOWN = 10
 """Names in an error message; the rest is counted."""
-
-
-class Progress(Protocol):
-    """Told how far a long job is. Called often: the receiver decides what to show."""
-
-    def __call__(
-        self, *, stage: str, done: int, total: int | None, unit: str, seconds_left: float | None = None
-    ) -> None:
-        """`done` of `total` units; `total` is None where nobody knows it."""
-        ...
 
 
 @final
@@ -87,6 +77,7 @@ def digest(value: Any) -> str:
 
 def scan(reader: Reader, cache: Path, progress: Progress | None = None) -> Fingerprint:
     """The fingerprint of a reader's files. A file is hashed only when its size or time differs from the last scan."""
+    reader.ready(progress)
     memory = cache / "sources" / f"{digest(reader.settings())[:32]}.json"
     known = {file.path: file for file in _remembered(memory)}
     found: list[FileFacts] = []

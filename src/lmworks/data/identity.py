@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -40,6 +40,8 @@ class Identity:
     tokenizer: str | None
     """The tokenizer's id; None while it is not made."""
     sources: Mapping[str, SourceIdentity]
+    held_out: Mapping[str, SourceIdentity] = field(default_factory=dict)
+    """Sources of documents that are validated on: what equals one of them is no row."""
     cache: Path
     """Where manifests lie that tell which files changed; not part of the identity."""
     files: Mapping[str, Fingerprint]
@@ -52,17 +54,15 @@ class Identity:
 
     def to_json(self) -> dict[str, Any]:
         """As it is kept in a checkpoint."""
-        sources = {
-            name: {"weight": s.weight, "source_id": s.source_id, "key": s.key, "contents": s.contents}
-            for name, s in self.sources.items()
-        }
-        return {
+        found = {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
             "validation": self.validation,
             "tokenizer": self.tokenizer,
-            "sources": sources,
+            "sources": {name: asdict(source) for name, source in self.sources.items()},
         }
+        apart = {name: source.source_id for name, source in self.held_out.items()}
+        return {**found, "held_out": apart} if apart else found
 
     def must_match(self, theirs: Mapping[str, Any]) -> None:
         """Raise DataError when a kept identity is another one. What is not made yet is not compared."""
@@ -94,6 +94,9 @@ class Identity:
             ours = getattr(self, key)
             if ours != theirs[key]:
                 found.append(f"{key} is {ours}, was {theirs[key]}")
+        apart = {name: source.source_id for name, source in self.held_out.items()}
+        if apart != theirs.get("held_out", {}):
+            found.append("the held-out documents are others, and what equals one of them is not trained on")
         same_files = True
         for name, ours in self.sources.items():
             kept = theirs["sources"].get(name)

@@ -74,6 +74,11 @@ class Documents:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def chosen(self, which: NDArray[np.bool_]) -> Documents:
+        """Those of the documents for which `which` holds."""
+        starts, lengths, n_bytes = (part[which] for part in (self.starts, self.lengths, self.n_bytes))
+        return Documents(self.tokens, starts, lengths, n_bytes, self.hashes[which])
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,23 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, final
 
-import numpy as np
 from annotated_types import Interval
 
 from lmworks.core import files
 from lmworks.core.errors import DataError, Problem
-from lmworks.core.recipe import PositiveInt, Slot
+from lmworks.core.recipe import PositiveFloat, PositiveInt, Slot
 from lmworks.data.cache import MANIFEST, cache_folder, make_once
-from lmworks.data.fingerprint import Fingerprint, Progress, digest, scan
-from lmworks.data.holdout import Holdout
+from lmworks.data.fingerprint import Fingerprint, digest, scan
 from lmworks.data.identity import Identity, SourceIdentity
-from lmworks.data.load import Loader
-from lmworks.data.mixture import Mixture
-from lmworks.data.pack import Documents, Int, Stream
-from lmworks.data.read import Reader
+from lmworks.data.prepared import Prepared
+from lmworks.data.read import Progress, Reader
 from lmworks.data.sample import sample_texts
 from lmworks.data.shards import Shards, make_shards
-from lmworks.data.sharing import Sharing
+from lmworks.data.shares import misfits, shares_in
 from lmworks.data.tokenise import Tally
 from lmworks.data.tokenizer import Bpe, Tokenizer, TokenizerPart, load_tokenizer
 
@@ -44,26 +41,72 @@ class Packed:
     validation: Annotated[float, Interval(ge=0, lt=1)] = 0.01
     """Fraction of the documents that is held out, chosen by a hash of their text: new documents never move old ones
     from one side to the other. 0 holds none out."""
+    mixture: str | None = None
+    """Name of a shipped mixture (dc-1 to dc-7) or path of a TOML file, which gives each source its share of the rows by
+    the reader's name, in place of the readers' weights."""
+    most_epochs: PositiveFloat | None = None
+    """How often a source may be read; a run that would read one more often is refused, with the number."""
+    held_out: Annotated[tuple[Reader, ...], Slot("reader")] = ()
+    """Documents that are validated on, in place of a fraction of the readers'. What equals one of them is not trained
+    on. A side that `lmworks data` has split off, most often."""
     cache: str | None = None
     """Folder of tokens and trained tokenizers; left out: $LMWORKS_HOME, or ~/.cache/lmworks."""
     verify: bool = False
     """Hash all tokens before the run begins. Their sizes are checked always."""
 
     def check(self, recipe: Any) -> Iterator[Problem]:
-        """Readers that are missing or that cannot be told apart."""
+        """Readers that are missing or that cannot be told apart; a mixture or a hold-out that does not fit them."""
         if not self.readers:
             yield Problem(path="readers", text="needs at least one reader, as in readers = [{ use = 'python-stdlib' }]")
-        counts = Counter(reader.label for reader in self.readers)
+        for slot in ("readers", "held_out"):
+            counts = Counter(reader.label for reader in getattr(self, slot))
+            for i, reader in enumerate(getattr(self, slot)):
+                if counts[reader.label] > 1:
+                    text = f"{counts[reader.label]} readers are called '{reader.label}'; give each a name of its own"
+                    yield Problem(path=f"{slot}.{i}.name", text=text)
+        if self.held_out and self.validation > 0:
+            text = "must be 0 beside held_out: documents are validated on in place of a fraction of the readers'"
+            yield Problem(path="validation", text=text)
+        yield from self._check_weights()
+
+    def _check_weights(self) -> Iterator[Problem]:
+        for i, reader in enumerate(self.held_out):
+            if reader.weight != 1.0:
+                yield Problem(path=f"held_out.{i}.weight", text="has no effect: all held-out documents are read once")
+        if self.mixture is None:
+            return
         for i, reader in enumerate(self.readers):
-            if counts[reader.label] > 1:
-                text = f"{counts[reader.label]} readers are called '{reader.label}'; give each a name of its own"
-                yield Problem(path=f"readers.{i}.name", text=text)
+            if reader.weight != 1.0:
+                yield Problem(path=f"readers.{i}.weight", text=f"has no effect: mixture = '{self.mixture}' gives it")
+        try:
+            shares = shares_in(self.mixture)
+        except DataError as error:
+            yield Problem(path="mixture", text=str(error))
+            return
+        for text in misfits(self.mixture, shares, [reader.label for reader in self.readers]):
+            yield Problem(path="mixture", text=text)
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """Each reader's name and its weight, by the mixture or its own, in the order of the recipe."""
+        shares = shares_in(self.mixture) if self.mixture is not None else None
+        return {r.label: float(r.weight) if shares is None else shares[r.label] for r in self.readers}
 
     @property
     def shares(self) -> dict[str, float]:
         """Each reader's name and its share of the rows, in the order of the recipe."""
-        whole = sum(reader.weight for reader in self.readers)
-        return {reader.label: reader.weight / whole for reader in self.readers}
+        whole = sum(self.weights.values())
+        return {name: weight / whole for name, weight in self.weights.items()}
+
+    @property
+    def validates(self) -> bool:
+        """Whether documents are held out."""
+        return self.validation > 0 or bool(self.held_out)
+
+    @property
+    def validated(self) -> list[str]:
+        """Names of the sources whose documents are held out, in the order of a hold-out."""
+        return [reader.label for reader in self.held_out or self.readers]
 
     def prepare(
         self, *, seed: int, progress: Progress | None = None, resume: Mapping[str, Any] | None = None
@@ -74,14 +117,14 @@ class Packed:
         anything is made. Raises DataError for data that cannot be used; the message names what and where.
         """
         cache = cache_folder(self.cache)
-        found = {reader.label: scan(reader, cache, progress) for reader in self.readers}
-        prints = [found[reader.label] for reader in self.readers]
+        every = (*self.readers, *self.held_out)
+        prints = [scan(reader, cache, progress) for reader in every]
         if resume is not None:
             self._identity(seed, cache, prints, None, None).must_match(resume["made_with"])
         tokenizer = self._tokenizer(cache, prints, progress)
         shards = [
             make_shards(reader, source, tokenizer, cache, progress=progress)
-            for reader, source in zip(self.readers, prints, strict=True)
+            for reader, source in zip(every, prints, strict=True)
         ]
         if self.verify:
             for one in shards:
@@ -89,7 +132,26 @@ class Packed:
         identity = self._identity(seed, cache, prints, tokenizer, shards)
         if resume is not None:
             identity.must_match(resume["made_with"])
-        return Prepared(tokenizer=tokenizer, identity=identity, shards=tuple(shards))
+        count = len(self.readers)
+        return Prepared(
+            tokenizer=tokenizer, identity=identity, shards=tuple(shards[:count]), held_out=tuple(shards[count:])
+        )
+
+    def must_last(self, prepared: Prepared, rows: int) -> None:
+        """Raise DataError when a run of so many rows would read a source more often than `most_epochs` allows."""
+        if self.most_epochs is None:
+            return
+        needed = prepared.epochs({name: share * rows for name, share in self.shares.items()})
+        over = {name: times for name, times in needed.items() if times > self.most_epochs}
+        if over:
+            listed = ", ".join(f"'{name}' {times:.2f} times" for name, times in over.items())
+            most = int(rows * min(self.most_epochs / times for times in over.values()))
+            raise DataError(
+                f"the mixture would read {listed}, and most_epochs is {self.most_epochs:g}",
+                where="data.most_epochs",
+                legal=f"up to {most:,} rows with these shares",
+                next_step="train for fewer steps, give these sources smaller shares or more text, or allow more epochs",
+            )
 
     def make_tokenizer(self, *, progress: Progress | None = None) -> Tokenizer:
         """Only the tokenizer, trained or loaded."""
@@ -104,26 +166,34 @@ class Packed:
         tokenizer: Tokenizer | None,
         shards: Sequence[Shards] | None,
     ) -> Identity:
-        sources = {}
-        for i, (reader, source) in enumerate(zip(self.readers, prints, strict=True)):
-            made = {} if shards is None else {"key": shards[i].key, "contents": shards[i].contents}
-            sources[reader.label] = SourceIdentity(weight=float(reader.weight), source_id=source.id, **made)
+        made = [SourceIdentity(weight=w, source_id=source.id) for w, source in self._weighed(prints)]
+        if shards is not None:
+            made = [
+                dataclasses.replace(one, key=shard.key, contents=shard.contents)
+                for one, shard in zip(made, shards, strict=True)
+            ]
+        count = len(self.readers)
         return Identity(
             seed=seed,
             sequence_length=self.sequence_length,
             validation=float(self.validation),
             tokenizer=tokenizer.id if tokenizer is not None else None,
-            sources=sources,
+            sources=dict(zip(self.weights, made[:count], strict=True)),
+            held_out=dict(zip((reader.label for reader in self.held_out), made[count:], strict=True)),
             cache=cache,
-            files={reader.label: source for reader, source in zip(self.readers, prints, strict=True)},
+            files=dict(zip(self.weights, prints[:count], strict=True)),
         )
+
+    def _weighed(self, prints: Sequence[Fingerprint]) -> Iterator[tuple[float, Fingerprint]]:
+        """Every scanned reader's files with its weight; held-out documents have that of one."""
+        return zip([*self.weights.values(), *(1.0 for _ in self.held_out)], prints, strict=True)
 
     def _tokenizer(self, cache: Path, prints: Sequence[Fingerprint], progress: Progress | None) -> Tokenizer:
         part = self.tokenizer
         if part.sample_limit == 0:
             return part.make(())
-        whole = sum(reader.weight for reader in self.readers)
-        limits = [max(1, int(part.sample_limit * reader.weight / whole)) for reader in self.readers]
+        prints = prints[: len(self.readers)]
+        limits = [max(1, int(part.sample_limit * share)) for share in self.shares.values()]
         inputs = [
             [reader.settings(), source.id, limit]
             for reader, source, limit in zip(self.readers, prints, limits, strict=True)
@@ -147,122 +217,3 @@ class Packed:
 
         make_once(folder, build)
         return load_tokenizer(folder)
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
-    """Data that are ready to be read: the tokenizer, the shards, and the loaders over them."""
-
-    tokenizer: Tokenizer
-    identity: Identity
-    shards: tuple[Shards, ...]
-    """One per reader, in the recipe's order."""
-
-    @property
-    def fingerprint(self) -> str:
-        """One hash over files, tokens, weights, split and sequence length."""
-        return self.identity.fingerprint
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """What the data are: per source counts, what was dropped and why, tokens of each split. JSON values."""
-        names = ("documents", "licences", "tokens", "bytes", "source_id", "contents")
-        sources = {}
-        for i, (name, source) in enumerate(self.identity.sources.items()):
-            shards = self.shards[i]
-            kept = {key: shards.manifest[key] for key in names}
-            splits = {"training": _counts(self._training[i]), "validation": _counts(self._held_out[i])}
-            sources[name] = {"weight": source.weight, **kept, "splits": splits, "shards": str(shards.folder)}
-        return {"fingerprint": self.fingerprint, "tokenizer_id": self.tokenizer.id, "sources": sources}
-
-    def train(
-        self,
-        *,
-        share: tuple[int, int] = (0, 1),
-        prefetch: int = 2,
-        pin: bool = False,
-        sharing: Sharing | None = None,
-    ) -> Loader:
-        """Training rows from the first one on. share=(i, n): rows i, i + n, ... of every draw. `sharing` as in Loader.
-
-        Raises DataError when a source is not longer than one sequence, or when all of it is held out.
-        """
-        streams = []
-        for name, documents, shards in zip(self.identity.sources, self._training, self.shards, strict=True):
-            if not len(documents):
-                raise _nothing_to_train_on(name, self.identity.validation, shards)
-            length, seed = self.identity.sequence_length, self.identity.seed
-            streams.append(Stream(documents, sequence_length=length, seed=seed, name=name))
-        mixture = Mixture([source.weight for source in self.identity.sources.values()])
-        return Loader(streams, mixture, self.identity, share=share, prefetch=prefetch, pin=pin, sharing=sharing)
-
-    def validation(self, rows: int | None = None, *, batch_rows: int = 16, share: tuple[int, int] = (0, 1)) -> Holdout:
-        """Batches over the held-out documents, or their first `rows` rows; no batches when data.validation is 0.
-
-        Raises DataError when a fraction is to be held out but no document falls into it.
-        """
-        if self.identity.validation > 0 and not any(len(part) for part in self._held_out):
-            raise _nothing_held_out(self.identity.validation, self.shards)
-        asked = (rows, batch_rows, share)
-        if asked not in self._holdouts:
-            self._holdouts[asked] = Holdout(
-                self._held_out,
-                sequence_length=self.identity.sequence_length,
-                rows=rows,
-                batch_rows=batch_rows,
-                share=share,
-                piece_bytes=self._piece_bytes,
-            )
-        return self._holdouts[asked]
-
-    @cached_property
-    def _holdouts(self) -> dict[tuple[int | None, int, tuple[int, int]], Holdout]:
-        """Those that were asked for: a run validates many times over the same rows."""
-        return {}
-
-    @cached_property
-    def _training(self) -> tuple[Documents, ...]:
-        return tuple(shards.training(self.identity.validation) for shards in self.shards)
-
-    @cached_property
-    def _held_out(self) -> tuple[Documents, ...]:
-        return tuple(shards.validation(self.identity.validation) for shards in self.shards)
-
-    @cached_property
-    def _piece_bytes(self) -> Int | None:
-        pieces = self.tokenizer.pieces
-        return None if pieces is None else np.array([len(piece) for piece in pieces], dtype=np.int64)
-
-
-def _counts(documents: Documents) -> dict[str, int]:
-    return {"documents": len(documents), "tokens": documents.n_tokens, "bytes": int(documents.n_bytes.sum())}
-
-
-_FEW = "set data.validation = 0, or cut the text into more documents (reader 'text', split = 'block')"
-
-
-def _nothing_held_out(fraction: float, shards: Sequence[Shards]) -> DataError:
-    hashes = np.concatenate([one.hashes for one in shards])
-    if len(hashes) == 1:
-        return DataError("there is one document, so none can be held out", where="data.validation", next_step=_FEW)
-    what = f"no document is held out: none of {len(hashes)} falls into the fraction {fraction}"
-    legal = f"0 for none, {_above(int(hashes.min()))} for one"
-    return DataError(what, where="data.validation", legal=legal, next_step=_FEW)
-
-
-def _nothing_to_train_on(name: str, fraction: float, shards: Shards) -> DataError:
-    count = len(shards.hashes)
-    what = f"nothing to train on: all documents of '{name}' ({count}) fall into the fraction {fraction}, held out"
-    legal = f"up to {_below(int(shards.hashes.max()))}"
-    return DataError(what, where="data.validation", legal=legal, next_step=_FEW)
-
-
-def _above(hash: int) -> float:
-    """The smallest fraction of four digits that holds out a document of this hash."""
-    return (hash * 10_000 // 2**64 + 1) / 10_000
-
-
-def _below(hash: int) -> float:
-    """The largest fraction of four digits that does not hold it out."""
-    return (hash * 10_000 // 2**64) / 10_000

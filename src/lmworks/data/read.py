@@ -16,17 +16,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final
 
 from lmworks.core import catalogue
 from lmworks.core.errors import DataError, Problem
 from lmworks.core.need import need
 from lmworks.core.recipe import PositiveFloat, PositiveInt
+from lmworks.data.mending import text_in, without_halves
 from lmworks.data.opening import open_lines
-from lmworks.data.record import Dropped, Ids, Record, Text
+from lmworks.data.record import MENDED, Dropped, Ids, Record, Text
 
 NOT_UTF8 = "not utf-8"
 EMPTY = "empty"
+Split = Literal["file", "block"]
+Broken = Literal["drop", "mend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,16 @@ class SourceFile:
 
     name: str
     path: Path
+
+
+class Progress(Protocol):
+    """Told how far a long job is. Called often: the receiver decides what to show."""
+
+    def __call__(
+        self, *, stage: str, done: int, total: int | None, unit: str, seconds_left: float | None = None
+    ) -> None:
+        """`done` of `total` units; `total` is None where nobody knows it."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +70,9 @@ class Reader(ABC):
         """The settings that decide which documents come out, as JSON values (not the weight, not the name)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("weight", "name")}
         return {"use": catalogue.name_of(self) or type(self).__qualname__, **fields}
+
+    def ready(self, progress: Progress | None = None) -> None:
+        """Make the files, where they are made first. Called before `files`."""
 
     @abstractmethod
     def files(self) -> list[SourceFile]:
@@ -111,7 +127,7 @@ class PythonStdlib(Reader):
     """Patterns of names below the library's folder, as in "encodings/*"; `*` also matches `/`."""
     exclude: tuple[str, ...] = ()
     """Patterns of names that are left out again."""
-    split: Literal["file", "block"] = "file"
+    split: Split = "file"
     """One document per file, or one per block of lines between blank lines."""
 
     def files(self) -> list[SourceFile]:
@@ -161,12 +177,14 @@ class PathReader(Reader):
 class TextFiles(PathReader):
     """Plain text files."""
 
-    split: Literal["file", "block"] = "file"
+    split: Split = "file"
     """One document per file, or one per block of lines between blank lines."""
+    broken: Broken = "drop"
+    """What is not UTF-8 is dropped with a reason; or mended and counted (UTF-16, Windows-1252, U+FFFD)."""
 
     def records(self, file: SourceFile) -> Iterator[Record | Dropped]:
         """The file as one document, or its blocks."""
-        yield from _text_documents(self, file, self.split, self.licence)
+        yield from _text_documents(self, file, self.split, self.licence, self.broken)
 
 
 @final
@@ -180,6 +198,8 @@ class Jsonl(PathReader):
     """Key of the document's name; none: the file's name and the line's number."""
     licence_field: str | None = None
     """Key of the document's licence; none: `licence`."""
+    broken: Broken = "drop"
+    """What is not UTF-8 is dropped with a reason; or mended and counted (UTF-16, Windows-1252, U+FFFD)."""
 
     def records(self, file: SourceFile) -> Iterator[Record | Dropped]:
         """One document a line; blank lines are no documents."""
@@ -188,17 +208,22 @@ class Jsonl(PathReader):
                 yield self._record(f"{file.name}#{number}", line)
 
     def _record(self, id: str, line: bytes) -> Record | Dropped:
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
+        text, mended = text_in(line)
+        if mended is not None and self.broken == "drop":
             return Dropped(id, NOT_UTF8)
+        try:
+            row = json.loads(text)
         except json.JSONDecodeError:
             return Dropped(id, "not json")
         if not isinstance(row, dict):
             return Dropped(id, "not a json object")
         named = row.get(self.id_field) if self.id_field is not None else None
         licence = row.get(self.licence_field) if self.licence_field is not None else None
-        return self.document(str(named) if named is not None else id, row.get(self.field), licence or self.licence)
+        value = row.get(self.field)
+        if isinstance(value, str) and self.broken == "mend" and not _encodes(value):
+            value, mended = without_halves(value), mended or "surrogate half"
+        found = self.document(str(named) if named is not None else id, value, licence or self.licence)
+        return _marked(found, mended)
 
 
 @final
@@ -326,28 +351,34 @@ def _nothing_at(entry: str, path: Path) -> DataError:
     return DataError(what, where=entry, next_step=f"paths start at the current folder, {Path.cwd()}")
 
 
-def read_utf8(path: Path) -> str | None:
-    """The text of a file, or None when its bytes are not UTF-8. A byte order mark is not text and is left out."""
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises DataError for one that cannot be read."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def _text_documents(
-    reader: Reader, file: SourceFile, split: Literal["file", "block"], licence: str | None
+    reader: Reader, file: SourceFile, split: Split, licence: str | None, broken: Broken = "drop"
 ) -> Iterator[Record | Dropped]:
-    """A text file as one document, or its blocks."""
-    text = read_utf8(file.path)
-    if text is None:
+    """A text file as one document, or its blocks. A byte order mark is not text and is left out."""
+    text, mended = text_in(read_bytes(file.path))
+    if mended is not None and broken == "drop":
         yield Dropped(file.name, NOT_UTF8)
-    elif split == "file":
-        yield reader.document(file.name, text, licence)
-    else:
-        for i, block in enumerate(_blocks(text)):
-            yield reader.document(f"{file.name}#{i}", block, licence)
+        return
+    if split == "file":
+        yield _marked(reader.document(file.name, text, licence), mended)
+        return
+    for i, block in enumerate(_blocks(text)):
+        yield _marked(reader.document(f"{file.name}#{i}", block, licence), mended)
+
+
+def _marked(item: Record | Dropped, mended: str | None) -> Record | Dropped:
+    """The document with what was mended in it as a fact."""
+    if mended is None or isinstance(item, Dropped):
+        return item
+    return dataclasses.replace(item, facts={**item.facts, MENDED: mended})
 
 
 def _encodes(text: str) -> bool:

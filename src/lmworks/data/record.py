@@ -9,6 +9,9 @@ from types import MappingProxyType
 
 Fact = str | int | float | bool
 
+MENDED = "mended"
+"""The fact of a document whose bytes were not UTF-8: what they were taken for. Readers note it."""
+
 NO_FACTS: Mapping[str, Fact] = MappingProxyType({})
 
 

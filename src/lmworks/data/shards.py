@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from lmworks.core import files
 from lmworks.core.errors import DataError
 from lmworks.data.cache import MANIFEST, make_once
-from lmworks.data.fingerprint import Fingerprint, Progress, digest
+from lmworks.data.fingerprint import Fingerprint, digest
 from lmworks.data.pack import Documents, Tokens
-from lmworks.data.read import Reader
+from lmworks.data.read import Progress, Reader
 from lmworks.data.tokenise import Tally, tokenise
 from lmworks.data.tokenizer import Tokenizer
 

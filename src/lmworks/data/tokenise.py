@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmworks.core.errors import DataError
-from lmworks.data.fingerprint import Fingerprint, Progress, listed
-from lmworks.data.read import Reader
-from lmworks.data.record import Dropped, Ids, Record, Text, content_hash
+from lmworks.data.fingerprint import Fingerprint, listed
+from lmworks.data.read import Progress, Reader
+from lmworks.data.record import MENDED, Dropped, Ids, Record, Text, content_hash
 from lmworks.data.tokenizer import Tokenizer
 
 BATCH_BYTES = 4_000_000
@@ -37,6 +37,8 @@ class Tally:
     dropped: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
     licences: dict[str, int] = field(default_factory=dict)
+    mended: dict[str, int] = field(default_factory=dict)
+    """Documents that were not UTF-8, by what they were taken for; they are among the kept."""
 
     def see(self, item: Record | Dropped) -> None:
         """Count one document."""
@@ -45,6 +47,9 @@ class Tally:
             self.kept += 1
             licence = item.licence or "unknown"
             self.licences[licence] = self.licences.get(licence, 0) + 1
+            if MENDED in item.facts:
+                was = str(item.facts[MENDED])
+                self.mended[was] = self.mended.get(was, 0) + 1
             return
         self.dropped[item.reason] = self.dropped.get(item.reason, 0) + 1
         named = self.names.setdefault(item.reason, [])
@@ -60,7 +65,8 @@ class Tally:
     def balance(self) -> dict[str, Any]:
         """The counts and the names, for a manifest."""
         assert self.kept + sum(self.dropped.values()) == self.seen
-        return {"seen": self.seen, "kept": self.kept, "dropped": self.dropped, "dropped_names": self.names}
+        counts = {"seen": self.seen, "kept": self.kept, "dropped": self.dropped, "dropped_names": self.names}
+        return {**counts, "mended": self.mended} if self.mended else counts
 
     def must_hold_documents(self, name: str) -> None:
         """Raise DataError when nothing was kept, with what was dropped and why."""

@@ -21,6 +21,11 @@ Step = dict[str, Any]
 def account(recipe: Data, trail: Trail) -> dict[str, Any]:
     """All steps of a run as JSON values. Raises DataError when the documents do not add up."""
     steps = [_step("reading", trail.reads)]
+    mended: Counter[str] = Counter()
+    for unit in trail.reads:
+        mended.update(manifest_of(unit).get("mended", {}))
+    if mended:
+        steps[0]["findings"] = {"documents that were not UTF-8 and were mended, as": dict(sorted(mended.items()))}
     for number, (stage, units) in enumerate(zip(recipe.stages, trail.stages, strict=True)):
         step = _step(stage_name(stage), units)
         if isinstance(stage, Settling):

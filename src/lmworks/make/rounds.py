@@ -20,8 +20,8 @@ from lmworks.core.errors import DataError
 from lmworks.core.run import RunFolder, record_of
 from lmworks.data.cache import MANIFEST, cache_folder
 from lmworks.data.code import code_id, sources_id
-from lmworks.data.fingerprint import FileFacts, Fingerprint, Progress, digest, scan
-from lmworks.data.read import Reader
+from lmworks.data.fingerprint import FileFacts, Fingerprint, digest, scan
+from lmworks.data.read import Progress, Reader
 from lmworks.data.stage import Settling, Surveyed
 from lmworks.data.units import DROPPED, FORMAT, Piece, is_whole, manifest_of, pieces_of
 from lmworks.jobs.job import Job, JobFolder

@@ -17,7 +17,7 @@ from lmworks.core.errors import DataError
 from lmworks.data.code import code_id
 from lmworks.data.fingerprint import digest
 from lmworks.data.read import Reader, SourceFile
-from lmworks.data.record import Dropped, Record, content_hash
+from lmworks.data.record import MENDED, Dropped, Record, content_hash
 from lmworks.data.stage import Context, Settling, Stage, Surveyed, guarded, text_of
 from lmworks.data.units import (
     DROPPED,
@@ -245,6 +245,8 @@ class Account:
     def __init__(self) -> None:
         self.kept = self.changed = self.bytes_in = self.bytes_out = 0
         self.dropped: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        """Documents whose bytes a reader had to mend, by what they were taken for."""
         self._samples: dict[str, list[tuple[int, dict[str, str]]]] = {}
 
     @property
@@ -258,6 +260,8 @@ class Account:
         size = n_bytes(text)
         self.kept += 1
         self.bytes_out += size
+        if before is None and MENDED in record.facts:
+            self.mended[str(record.facts[MENDED])] += 1
         was = text if before is None else text_of(before)
         if was is text or was == text:
             self.bytes_in += size
@@ -293,7 +297,8 @@ class Account:
         }
         counts = {"seen": self.seen, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
         sizes = {"changed": self.changed, "bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
-        return {**counts, **sizes, "samples": samples}
+        mended = {"mended": dict(sorted(self.mended.items()))} if self.mended else {}
+        return {**counts, **sizes, **mended, "samples": samples}
 
 
 def n_bytes(text: str) -> int:

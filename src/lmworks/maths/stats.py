@@ -84,3 +84,14 @@ def t_cdf(t: float, degrees: int) -> float:
 def centre(values: Sequence[float]) -> float:
     """The mean; infinite when a value is."""
     return math.inf if any(math.isinf(value) for value in values) else mean(values)
+
+
+def risk_of_guessing(scores: Sequence[float], choices: int = 4) -> float:
+    """RRGS: 1 minus how far accuracies of tests with so many choices lie from chance, on average.
+
+    1 - mean |s - 1 / choices|: 1 where every test is answered at chance, 1 / choices where all are right. Lower is less
+    like guessing. Scores below chance count as far as those above. Raises ValueError for scores outside of [0, 1].
+    """
+    if not scores or choices < 2 or not all(0 <= score <= 1 for score in scores):
+        raise ValueError(f"needs accuracies between 0 and 1 and two choices or more, got {list(scores)}, {choices}")
+    return 1 - mean(abs(score - 1 / choices) for score in scores)

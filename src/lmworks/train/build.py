@@ -14,7 +14,7 @@ from torch import Tensor
 from lmworks.core.cost import Cost
 from lmworks.core.errors import Problem, RecipeError
 from lmworks.core.seeds import seed_for
-from lmworks.data.packed import Prepared
+from lmworks.data.prepared import Prepared
 from lmworks.data.tokenizer import Tokenizer, load_tokenizer
 from lmworks.model.backbone import Backbone
 from lmworks.model.init import first_value
@@ -184,6 +184,7 @@ def _place(
         caches=[cache for found in caches for cache in found],
         around_update=_measured(recipe, model, probe),
     )
+    recipe.data.must_last(prepared, recipe.steps * step.selector.candidates(step.rows))
     return placement, step, [*notes, *remarks]
 
 

@@ -258,7 +258,9 @@ class Loop:
         """One step, its row in metrics.jsonl, and a validation when one is due."""
         progress, recipe = self.progress, self.recipe
         self.events.step = progress.step + 1
-        lr = self.built.step.update.set_lr(recipe.schedule.factor(progress.step, recipe.steps))
+        update, at = self.built.step.update, (progress.step, recipe.steps)
+        lr, decay = update.set_lr(recipe.schedule.factor(*at)), recipe.schedule.weight_decay(*at)
+        moved = {} if decay is None else {"weight_decay": update.set_decay(decay)}
         books = self.built.step.books
         books.on = progress.step - self.began in MEASURE_EARLY or self.events.step % MEASURE_EVERY == 0
         start, begun = time.perf_counter(), self.wire.spans.clock.now()
@@ -282,6 +284,7 @@ class Loop:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": lr,
+            **moved,
             "seconds": seconds,
             "flops": progress.flops,
             "tokens_per_second": rate,
@@ -336,7 +339,7 @@ class Loop:
     def _validate(self) -> dict[str, float] | None:
         with self.events.span("validate"), self.energy.phase("validate"):
             batches = self.built.prepared.validation(self.recipe.validation.rows, share=self.placement.share)
-            found = validate(self.placement, batches, list(self.recipe.data.shares))
+            found = validate(self.placement, batches, self.recipe.data.validated)
         if not found:
             return None
         self.records.write(self.progress.step, {"step": self.progress.step, "tokens": self.progress.tokens, **found})

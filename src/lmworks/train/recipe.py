@@ -117,7 +117,7 @@ class Train:
             text = "has no effect without checkpoints.background: training waits for every write"
             yield Problem(path="checkpoints.patience", text=text)
         for name in ("every", "rows"):
-            if getattr(self.validation, name) is not None and self.data.validation == 0:
+            if getattr(self.validation, name) is not None and not self.data.validates:
                 text = "has no effect: data.validation is 0, no documents are held out"
                 yield Problem(path=f"validation.{name}", text=text)
 

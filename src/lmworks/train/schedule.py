@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from (step, total steps) to a factor between 0 and 1.
+"""Schedules: pure functions from (step, total steps) to a factor on the learning rate, and to one on weight decay.
 
 Steps count from 0. Warm-up is linear and its first step is already above zero: factor (step + 1) / warmup.
 """
@@ -17,7 +17,20 @@ from lmworks.core.recipe import Fraction, NonNegativeInt
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """How the learning rate moves over the run."""
+    """How the learning rate moves over the run, and whether weight decay does."""
+
+    @abstractmethod
+    def factor(self, step: int, steps: int) -> float:
+        """The factor on the learning rate at `step` (from 0) of a run of `steps`, between 0 and 1."""
+
+    def weight_decay(self, step: int, steps: int) -> float | None:
+        """The factor on the optimizer's weight decay at that step; None: it stays as it is."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Schedule):
+    """A schedule of the learning rate alone: warm-up, and what follows."""
 
     warmup: NonNegativeInt = 0
     """Steps of linear warm-up."""
@@ -42,7 +55,7 @@ class Schedule(ABC):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Constant(Schedule):
+class Constant(Rate):
     """Warm-up, then the full rate to the end."""
 
     def after(self, step: int, steps: int) -> float:
@@ -52,7 +65,7 @@ class Constant(Schedule):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Cosine(Schedule):
+class Cosine(Rate):
     """Warm-up, then half a cosine down to `floor` at the last step."""
 
     floor: Fraction = 0.1
@@ -66,7 +79,7 @@ class Cosine(Schedule):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Linear(Schedule):
+class Linear(Rate):
     """Warm-up, then a straight line down to `floor` at the last step."""
 
     floor: Fraction = 0.0
@@ -79,7 +92,7 @@ class Linear(Schedule):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay(Schedule):
+class WarmupStableDecay(Rate):
     """Warm-up, constant, then a decay over the last part of the run (WSD; Hu et al., 2024)."""
 
     decay: Fraction = 0.2

@@ -228,6 +228,13 @@ class Update(ABC):
     def set_lr(self, factor: float) -> float:
         """Set every group's rate to `factor` times its own; returns the first group's rate."""
 
+    def set_decay(self, factor: float) -> float:
+        """Set every group's weight decay to `factor` times its own; returns the largest. Where it is 0 it stays so."""
+        groups = [group for optimizer in self.optimizers() for group in optimizer.param_groups]
+        for group in groups:
+            group["weight_decay"] = group.setdefault("base_decay", group["weight_decay"]) * factor
+        return max((float(group["weight_decay"]) for group in groups), default=0.0)
+
     @abstractmethod
     def step(self, probe: Probe) -> None:
         """Change the weights from their gradients. May ask the probe for further passes."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmworks.core.errors import UsageError
-from lmworks.data.fingerprint import Progress
+from lmworks.data.read import Progress
 from lmworks.model.sizes import linear_flops
 from lmworks.parallel.idle import Outcome, Packing, Setting, outcome, together
 from lmworks.parallel.laying import Row

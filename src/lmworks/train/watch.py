@@ -25,7 +25,7 @@ class EarlyStop(Watching):
 
     def check(self, recipe: Any) -> Iterator[Problem]:
         """It counts validations, so there must be some."""
-        if recipe.data.validation == 0:
+        if not recipe.data.validates:
             yield Problem(path="", text="has no effect: data.validation is 0, no documents are held out")
         elif recipe.validation.every is None:
             yield Problem(path="", text="has no effect without validation.every: validations come only at the end")
