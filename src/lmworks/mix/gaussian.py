@@ -1,0 +1,79 @@
+"""A Gaussian process on the square roots of shares (scikit-learn, extra `mix`).
+
+Roots, because a source's first per cent changes more than its fiftieth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+
+from lmworks.core.need import need
+from lmworks.mix.linear import enough
+from lmworks.mix.problem import Floats
+from lmworks.mix.runs import Rows
+from lmworks.mix.surrogate import Prediction
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GaussianProcess:
+    """Matern 5/2 with a length for each source and noise, both by the marginal likelihood; values standardised."""
+
+    name: str = "gp"
+    starts: int = 2
+    """Starts of the search for lengths besides the first."""
+    seed: int = 0
+    kernel: Any = None
+    """One whose lengths and noise are found; None: they are found in the fit."""
+
+    def least(self, sources: int) -> int:
+        """One row more than there are lengths and variances."""
+        return sources + 3
+
+    def settle(self, rows: Rows) -> GaussianProcess:
+        """With the kernel that these rows want."""
+        return dataclasses.replace(self, kernel=self.fit(rows).process.kernel_)
+
+    def fit(self, rows: Rows) -> Process:
+        """The posterior after the rows."""
+        p_NM, y_N = enough(rows, self.least(rows.mixtures_NM.shape[1]), self.name)
+        process = self._process(p_NM.shape[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lengths at their ends are sources that do not matter
+            process.fit(np.sqrt(p_NM), y_N)
+        return Process(process=process)
+
+    def _process(self, sources: int) -> Any:
+        why = "the surrogate 'gp'"
+        gaussian = need("sklearn.gaussian_process", extra="mix", why=why)
+        kernels = need("sklearn.gaussian_process.kernels", extra="mix", why=why)
+        if self.kernel is not None:
+            return gaussian.GaussianProcessRegressor(self.kernel, optimizer=None, normalize_y=True)
+        matern = kernels.Matern(length_scale=np.ones(sources), length_scale_bounds=(0.05, 50.0), nu=2.5)
+        noise = kernels.WhiteKernel(0.01, (1e-8, 1.0))
+        kernel = kernels.ConstantKernel(1.0, (0.01, 100.0)) * matern + noise
+        return gaussian.GaussianProcessRegressor(
+            kernel, n_restarts_optimizer=self.starts, normalize_y=True, random_state=self.seed
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Process:
+    """A posterior."""
+
+    process: Any
+
+    def predict(self, mixtures_NM: Floats) -> Prediction:
+        """Values of N mixtures, the noise of a run in the spread."""
+        means, spreads = [], []
+        for first in range(0, len(mixtures_NM), 4096):  # a covariance with all rows each
+            mean, sd = self.process.predict(np.sqrt(mixtures_NM[first : first + 4096]), return_std=True)
+            means.append(mean)
+            spreads.append(sd)
+        return Prediction(np.concatenate(means), np.concatenate(spreads))
