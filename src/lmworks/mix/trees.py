@@ -24,8 +24,8 @@ PER_LEAF = 20
 class Trees:
     """LightGBM on shares: squared error, rate 0.01, at most 1000 trees.
 
-    How many trees is found by leaving out a fifth of the rows in turn, and stopping when 3 more trees did not help; then
-    as many, on the mean of the five, are grown on all rows.
+    How many trees is found by leaving out a fifth of the rows in turn, and stopping when 3 more trees do not help; then
+    the mean of these numbers are grown on all rows.
     """
 
     name: str = "lightgbm"
@@ -58,8 +58,7 @@ class Trees:
         """Grow the trees on all rows."""
         settled = self if self.trees is not None else self.settle(rows)
         p_NM, y_N = enough(rows, self.least(rows.mixtures_NM.shape[1]), self.name)
-        assert settled.trees is not None and settled.noise is not None, "settled"
-        return Forest(booster=settled._grow(p_NM, y_N, settled.trees), noise=settled.noise)
+        return Forest(booster=settled._grow(p_NM, y_N, settled.trees or 1), noise=settled.noise or 0.0)
 
     def _grow(self, p_NM: Floats, y_N: Floats, trees: int, judge: tuple[Floats, Floats] | None = None) -> Any:
         lightgbm = need("lightgbm", extra="mix", why="the surrogate 'lightgbm'")
