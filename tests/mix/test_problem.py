@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmworks.core.errors import UsageError
@@ -15,6 +15,7 @@ from tests.oracles.mixtures import nearest_by_search
 shares = st.floats(-2.0, 2.0, allow_nan=False)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 6).flatmap(lambda m: st.tuples(*[st.lists(shares, min_size=m, max_size=m)] * 3)))
 def test_the_nearest_feasible_mixture(drawn: tuple[list[float], list[float], list[float]]) -> None:
     p, a, b = (np.array(one) for one in drawn)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmworks.core.errors import LmworksError, UsageError
@@ -21,6 +21,7 @@ from tests.mix.planted import SIZE, mixtures, problem, rows, table, truth
 from tests.oracles.mixtures import exponential
 
 
+@settings(max_examples=25)
 @given(st.integers(2, 9), st.integers(0, 20))
 def test_log_linear_recovers_what_was_planted(sources: int, seed: int) -> None:
     of = problem(sources)
@@ -51,7 +52,7 @@ def test_the_order_of_sources_does_not_matter(kind: str) -> None:
     surrogate = dataclasses.replace(KINDS[kind], starts=0) if kind == "gp" else KINDS[kind]
     asked = mixtures(problem(4), 20, seed=5)
     a, b = surrogate.fit(seen).predict(asked), surrogate.fit(moved).predict(asked[:, order])
-    assert a.mean_N == pytest.approx(b.mean_N, abs=1e-4)
+    assert a.mean_N == pytest.approx(b.mean_N, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -50,15 +50,16 @@ def divergence(p: Floats, q: Floats) -> float:
 
 def proxies_one_by_one(
     natural: Floats, count: int, temperature: float, strengths: Floats, epochs: float, step: float, seed: int
-) -> list[tuple[float, ...]]:
-    """RegMix's sampler as its script goes: draw, reject, cut, normalise; without its rounding."""
+) -> Floats:
+    """RegMix's sampler as its script goes: draw, reject, cut, normalise, round, drop what is there, choose."""
     rng = np.random.default_rng(seed)
     centre = natural**temperature / (natural**temperature).sum()
-    found: list[tuple[float, ...]] = []
-    while len(found) < count:
+    found: set[tuple[int, ...]] = set()
+    for _ in range(100 * count):
         p = rng.dirichlet(centre * rng.choice(strengths))
         p = np.where(p < step, 0.0, p)
         p = p / p.sum()
         if (p <= np.minimum(epochs * natural, 1)).all():
-            found.append(tuple(p))
-    return found
+            found.add(tuple(np.round(p / step).astype(int).tolist()))
+    chosen = rng.choice(np.array(sorted(found)), size=count, replace=False)
+    return np.asarray(chosen * step)

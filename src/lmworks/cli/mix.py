@@ -94,13 +94,13 @@ def run(decoded: Any, folder: Path) -> dict[str, Any]:
 def _from_tables(
     fit: list[Path], predict: list[Path], target: list[str], surrogate: str, picture: Path | None
 ) -> dict[str, Any]:
-    from lmworks.mix import apply
+    from lmworks.mix import apply, tables
     from lmworks.mix.advise import Asked
 
     if predict:
         _must_be_alone({"--picture": picture}, "--predict")
-        return apply.predict(fit, predict, target=target, surrogate=surrogate)
-    content = apply.advise_from(fit, target=target, asked=Asked(surrogate=surrogate))
+        return apply.predict(tables.read(fit), tables.read(predict), target=target, surrogate=surrogate)
+    content = apply.advise_from(tables.read(fit), target=target, asked=Asked(surrogate=surrogate))
     if picture is not None:
         _draw(content, picture)
     return content
@@ -148,21 +148,26 @@ def _text(content: dict[str, Any]) -> str:
             f" {gain[0]:.4f} (sd {gain[1]:.4f}) less than the natural mixture's"
         )
     for column, found in content.get("surrogates", {}).items():
-        scores = ", ".join(f"{s['surrogate']} {s['spearman']:.3f}" for s in found["cross_validation"])
+        scores = ", ".join(f"{s['surrogate']} {_rank(s['spearman'])}" for s in found["cross_validation"])
         lines.append(
             f"{column}: {found['surrogate']} from {found['runs']} runs; rank correlation on rows left out: {scores}"
         )
     unseen = content.get("unseen")
     if unseen and unseen["runs"] >= 3:
-        lines.append(f"rank correlation on {unseen['runs']} unseen runs: {unseen['spearman']:.3f}")
+        lines.append(f"rank correlation on {unseen['runs']} unseen runs: {_rank(unseen['spearman'])}")
     lines += [*_verified(content.get("verified")), *_spent(content)]
     return "\n".join([*lines, *(f"warning: {text}" for text in advice["warnings"])])
+
+
+def _rank(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _row(one: dict[str, Any], worth: dict[str, Any] | None) -> list[str]:
     told = ["-", "-"]
     if worth is not None:
-        told = [f"{-worth['point']:+.4f} (sd {worth['point_sd']:.4f})", f"{worth['without']:+.4f}"]
+        sd = "" if worth["point_sd"] is None else f" (sd {worth['point_sd']:.4f})"
+        told = [f"{-worth['point']:+.4f}{sd}", f"{worth['without']:+.4f}"]
     return [
         one["name"],
         "-" if one["tokens"] is None else count(one["tokens"]),
@@ -205,9 +210,9 @@ def _fitted_text(content: dict[str, Any]) -> str:
     """What was predicted, for people."""
     rows = []
     for column, one in content["columns"].items():
-        rank = "-" if one["spearman"] is None else f"{one['spearman']:.4f}"
+        rank = _rank(one["spearman"])
         best = one["predicted_best"] + (f" (true: {one['true_best']})" if "true_best" in one else "")
         rows.append([column, one["surrogate"], rank, best])
     header = ["column", "surrogate", "rank correlation", "predicted best"]
-    lines = [f"{content['fit']['runs']} runs learnt from, {content['table']['rows']} rows predicted", ""]
+    lines = [f"{content['fit']['runs']} runs learnt from, {len(content['rows'])} rows predicted", ""]
     return "\n".join([*lines, table(rows, header=header)])

@@ -1,4 +1,78 @@
-"""PAGE"""
+"""Which shares of its sources to train a model on: many small runs on random mixtures, a regression of their losses,
+and the best of many drawn mixtures.
+
+Qian Liu, Xiaosen Zheng, Niklas Muennighoff, Guangtao Zeng, Longxu Dou, Tianyu Pang, Jing Jiang, Min Lin. "RegMix: Data
+Mixture as Regression for Language Model Pre-training". ICLR 2025, arXiv 2407.01492.
+
+## What it does
+
+A run reads several sources. How much of each is guessed, as a rule, or left to what there is. Here `lmworks mix RECIPE`
+trains small models on random mixtures, learns what a mixture does to the losses that matter, and names the mixture with
+the least predicted loss, its spread, what each source is worth, and what speaks against it.
+
+    search = { use = "regmix", proxies = 18, unseen = 8 }
+    target = { docs = 0.5, python = 0.5 }
+
+| symbol | meaning |
+| --- | --- |
+| m, q | sources; their natural shares, those of the available tokens |
+| p | a mixture: m shares that sum to 1 |
+| K | small runs to learn from |
+| y | a validation loss on what is held out of a source |
+
+## How it works
+
+1. *Draw.* q' = q^temperature, normalised. A mixture is a draw from Dirichlet(s q'), with s one of 15 strengths from 0.1
+   to 5, evenly spread in log s. A draw that gives a source more than `epochs` times its natural share is thrown away.
+   Shares below `step` become 0, the rest multiples of it. Of 100 K draws K different ones are taken.
+2. *Train* a small model on each, all from one seed, so that they differ in their mixture only. `unseen` more are held
+   out, to judge by; `repeats` of the natural mixture tell what seeds alone change.
+3. *Regress* each loss of the target on p, by boosted trees, an exponential of a plane, a plane, or a Gaussian process
+   on sqrt(p). 'auto' takes, for each loss, the one with the least error on proxies left out, five folds.
+
+       lightgbm     sum of trees, rate 0.01, at most 1000 of them      ols   y = b.p
+       log-linear   y = c + exp(a.p)                                   gp    Matern 5/2 with a length for each source
+
+4. *Draw* `simulated` mixtures within bounds and `max_epochs`, half from Dirichlet(q), half as in 1; predict the target,
+   the weighted sum of its losses; take the mean of the best `top`. Caps bound a convex set, so the mean keeps them.
+5. *Doubt.* Refits to resampled proxies give each share its spread, and the gain over the natural mixture its own. Where
+   the target differs between mixtures by less than twice what it does between seeds, or where nothing is predicted to
+   be better, the answer is the natural mixture.
+6. *Verify*, where the recipe says so: chosen, natural, uniform and worst at the target's size, the same seeds for each.
+   These runs are in the ledger as well.
+
+What it stands on is that the *order* of mixtures is the same for small and large models; losses themselves need not be.
+
+## When to use it
+
+- Sources differ, there are more tokens of some than of others, and you know which losses matter.
+- One target decides the answer: a target that is one of the sources mostly asks for that source. Name several.
+- 3 (m + 1) proxies are enough where 'log-linear' or 'gp' is chosen; trees want some 10 for each source and more.
+- Proxies below 15M parameters lose some of the order on many kinds of web text, as others found; here they are as large
+  as `sizes` says.
+- Caps belong to the search (`max_epochs`), not to the proxies: those may repeat more than the large run will.
+- `lmworks mix --fit RUNS --predict TABLE` learns from runs that were made elsewhere.
+
+## Differences
+
+- The paper's script stops trees early on its *test* mixtures. Here the number of trees comes from folds of the proxies,
+  and rows that are marked as held out cannot be fitted to: they are refused in code.
+- The least rows of a leaf are a tenth of the proxies, at most LightGBM's 20; with its own, 32 proxies give one answer.
+- The paper fits trees; so does `surrogate = "lightgbm"`. The others, and the choice between them, are added.
+- The script draws from Dirichlet(q) for the search; here half of the draws are flattened, and all keep caps.
+- Rounded shares sum to 1; the script's are off by up to 0.003. Too few mixtures are an error, not a crash.
+- A target may be several losses: each has a regression of its own.
+- The ridge of 'log-linear' is the residual variance over `prior_sd`^2, and so vanishes where there is no noise.
+
+## Limits
+
+- A mixture is constant over the run.
+- Repeating a source is no worse in the regression than fresh text: only the cap knows of it.
+- The spread is that of which proxies were made; it knows nothing of the step from small to large models.
+- Losses per token compare within one tokenizer; where one is trained on the run's text, it is trained once, for all.
+- The published tables are not part of lmworks: `benchmarks/regmix_replay.py` takes their folder from
+  `LMWORKS_REGMIX_DATA`.
+"""
 
 from __future__ import annotations
 

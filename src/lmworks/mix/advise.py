@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -69,7 +70,7 @@ def advise(table: RunTable, fidelity: str, asked: Asked) -> Recommendation:
     facts = {
         "size": fidelity,
         "surrogates": learnt.as_json(),
-        "unseen": {"runs": unseen[0], "spearman": unseen[1]},
+        "unseen": {"runs": unseen[0], "spearman": unseen[1] if math.isfinite(unseen[1]) else None},
         "seed_noise": worths.seed_noise(table, fidelity),
         "worth": worths.as_json(worths.worth(learnt.joint, refits, problem, chosen_M)),
         "worst": found.worst_M.tolist(),

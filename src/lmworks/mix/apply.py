@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,12 @@ from lmworks.mix.tables import Published
 Content = dict[str, Any]
 
 
-def predict(
-    fit: Sequence[Path], table: Sequence[Path], *, target: Sequence[str], surrogate: str, seed: int = 0
-) -> Content:
+def predict(seen: Published, asked: Published, *, target: Sequence[str], surrogate: str, seed: int = 0) -> Content:
     """Learn from runs, predict each row of a table that was not learnt from, and compare where the table has losses.
 
     One surrogate for each column of `target`, all columns where none is named. Raises DataError and UsageError for
-    files that are no tables, that share runs, or that do not have the same sources.
+    tables that are the same runs, or that do not have the same sources.
     """
-    seen, asked = tables.read(fit), tables.read(table)
     columns = tables.target_of(seen, target)
     mixtures = asked.must_have(seen.sources)
     _must_be_others(seen, mixtures)
@@ -38,17 +34,15 @@ def predict(
     rank = [one["spearman"] for one in told.values() if one["spearman"] is not None]
     return {
         "do": "mix",
-        "fit": {"files": [str(path) for path in fit], "runs": len(learnt.mixtures), "sources": list(seen.sources)},
-        "table": {"files": [str(path) for path in table], "rows": len(asked.ids)},
+        "fit": {"runs": len(learnt.mixtures), "sources": list(seen.sources)},
         "rows": list(asked.ids),
         "columns": told,
         "mean_spearman": float(np.mean(rank)) if rank else None,
     }
 
 
-def advise_from(fit: Sequence[Path], *, target: Sequence[str], asked: Asked) -> Content:
+def advise_from(seen: Published, *, target: Sequence[str], asked: Asked) -> Content:
     """Learn from runs, and recommend a mixture for the mean of the target's columns. Nothing is capped."""
-    seen = tables.read(fit)
     table = seen.table(tables.target_of(seen, target))
     advice = advise(table, TOP, asked)
     spread = advice.spread or tuple((share, share) for share in advice.mixture)
@@ -60,7 +54,7 @@ def advise_from(fit: Sequence[Path], *, target: Sequence[str], asked: Asked) -> 
     ]
     return {
         "do": "mix",
-        "fit": {"files": [str(path) for path in fit], "runs": len(table), "sources": list(seen.sources)},
+        "fit": {"runs": len(table), "sources": list(seen.sources)},
         "sources": sources,
         "target": dict(table.problem.target),
         "recommendation": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -57,7 +56,7 @@ class Learnt:
             column: {
                 "surrogate": self.surrogates[column].name,
                 "runs": len(self.rows[column]),
-                "cross_validation": [dataclasses.asdict(score) for score in self.scores[column]],
+                "cross_validation": [score.as_json() for score in self.scores[column]],
             }
             for column in self.surrogates
         }

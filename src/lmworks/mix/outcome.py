@@ -60,7 +60,8 @@ def named_mixtures(problem: MixtureProblem, advice: Recommendation) -> dict[str,
 
 def _verify(mix: Mix, swarm: Swarm, table: RunTable, advice: Recommendation) -> Content | None:
     """Run the named mixtures at the target's size, all with the same seeds, and compare them pair by pair."""
-    mixtures = {k: v for k, v in named_mixtures(swarm.problem, advice).items() if k in mix.verify.mixtures}
+    wanted: tuple[str, ...] = mix.verify.mixtures
+    mixtures = {k: v for k, v in named_mixtures(swarm.problem, advice).items() if k in wanted}
     if not mixtures:
         return None
     asked = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -97,7 +97,8 @@ class Mix:
                     yield Problem(path=f"sizes.{i}.set.{path}", text=text)
             yield from self._decoded(f"sizes.{i}", size.set)
 
-    def _decoded(self, where: str, sets: Table) -> Iterator[Problem]:
+    def _decoded(self, where: str, sets: Table) -> Generator[Problem, None, Any]:
+        """What is wrong with the recipe; returns it decoded, or None."""
         try:
             return recipes.decode(self.table(sets), verb="train", source=where)
         except RecipeError as error:

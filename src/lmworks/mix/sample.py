@@ -113,7 +113,7 @@ def _caps(problem: MixtureProblem, sampler: Sampler) -> tuple[Units, Units]:
         upper = np.maximum(lower, np.minimum(upper, sampler.epochs * problem.natural))
     least, most = caps_in_units(lower, upper, round(1 / sampler.step))
     units = round(1 / sampler.step)
-    if most.sum() < units or least.sum() > units:
+    if (least > most).any() or most.sum() < units or least.sum() > units:
         named = ", ".join(
             f"{n} {a / units:.4g} to {b / units:.4g}" for n, a, b in zip(problem.names, least, most, strict=True)
         )

@@ -74,7 +74,7 @@ def draw_for(problem: MixtureProblem, count: int, *, seed: int) -> Floats:
 def on_grid(p_M: Floats, problem: MixtureProblem) -> Floats:
     """The mixture in parts of a ten-thousandth, within the caps; as it is where the caps leave no room for that."""
     least, most = caps_in_units(problem.lower, problem.upper, GRID)
-    if least.sum() > GRID or most.sum() < GRID:
+    if (least > most).any() or least.sum() > GRID or most.sum() < GRID:
         return p_M
     return to_units(p_M[None], GRID, least, most)[0] / GRID
 

@@ -74,7 +74,7 @@ class Swarm:
             sources=tuple(Source(name=name, tokens=count) for name, count in zip(names, tokens, strict=True)),
             target=self.mix.target or dict.fromkeys(names, 1 / len(names)),
             fidelities=(*sizes, Fidelity(name=TOP, cost=1.0)),
-            budget=decoded.steps * decoded.batch_size * decoded.data.sequence_length,
+            budget=_tokens(decoded),
             max_epochs=self.mix.max_epochs,
             bounds=self.mix.bounds,
         )
@@ -82,7 +82,7 @@ class Swarm:
     def _flops(self, decoded: Any) -> float:
         """Of a whole run, forward and backward."""
         cost = fit_vocabulary(decoded.model, self._tokenizer).cost(sequence=decoded.data.sequence_length)
-        return float(cost.train_flops_per_token) * decoded.steps * decoded.batch_size * decoded.data.sequence_length
+        return float(cost.train_flops_per_token) * _tokens(decoded)
 
     def _table(self, sets: Table) -> Table:
         return self.mix.table({**self._fixed, **sets})
@@ -135,6 +135,11 @@ class Swarm:
     def keep(self, table: RunTable) -> None:
         """Write the table of runs."""
         tables.write(table, self.folder / "runs.parquet")
+
+
+def _tokens(decoded: Any) -> int:
+    """That a run trains on."""
+    return int(decoded.steps * decoded.batch_size * decoded.data.sequence_length)
 
 
 def _stage(trials: Sequence[Trial]) -> str:

@@ -45,6 +45,17 @@ class Published:
     failed: tuple[str | None, ...]
     """Why a row has no losses."""
 
+    def take(self, rows: Sequence[int]) -> Published:
+        """Some of the rows."""
+        picks = list(rows)
+        return Published(
+            ids=tuple(self.ids[i] for i in picks),
+            sources=self.sources,
+            mixtures_NM=self.mixtures_NM[picks],
+            losses={name: values[picks] for name, values in self.losses.items()},
+            failed=tuple(self.failed[i] for i in picks),
+        )
+
     def must_have(self, sources: Sequence[str]) -> Floats:
         """The mixtures, in another order of sources. Raises DataError when they are not the same sources."""
         if set(sources) != set(self.sources):

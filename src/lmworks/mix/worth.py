@@ -39,8 +39,8 @@ class Worth:
     point: float
     """What the target loses when one more hundredth of the tokens comes from it, taken from the others in proportion;
     positive is good."""
-    point_sd: float
-    """Over refits to resampled runs."""
+    point_sd: float | None
+    """Over refits to resampled runs; None for fewer than two."""
     without: float
     """What the target gains when it is left out and the others take its place in proportion; positive: it is needed."""
 
@@ -58,7 +58,7 @@ def worth(predicts: Predicts, refits: Sequence[Predicts], problem: MixtureProble
 
     point, without = gains(predicts)
     points = np.array([gains(one)[0] for one in refits]).reshape(len(refits), m)
-    sd = points.std(axis=0, ddof=1) if len(refits) > 1 else np.full(m, math.nan)
+    sds = points.std(axis=0, ddof=1).tolist() if len(refits) > 1 else [None] * m
     epochs, natural = problem.epochs(p_M), problem.natural
     return [
         Worth(
@@ -67,7 +67,7 @@ def worth(predicts: Predicts, refits: Sequence[Predicts], problem: MixtureProble
             share=float(p_M[j]),
             epochs=epochs.get(name),
             point=float(point[j]),
-            point_sd=float(sd[j]),
+            point_sd=sds[j],
             without=float(without[j]),
         )
         for j, name in enumerate(problem.names)
