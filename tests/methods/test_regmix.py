@@ -24,7 +24,7 @@ from lmworks.mix.swarm import Swarm
 from tests.mix.planted import SIZE, losses, problem
 from tests.train import toy
 
-PART = RegMix(proxies=12, unseen=4, repeats=2, simulated=2000, top=20, resamples=4)
+PART = RegMix(surrogate="log-linear", proxies=12, unseen=4, repeats=2, simulated=2000, top=20, resamples=4)
 
 
 def planted(of: MixtureProblem) -> Any:
@@ -195,6 +195,7 @@ def test_one_tokenizer_for_all_sizes(tmp_path: Path) -> None:
     [
         ({"target": {"digit": 1.0}}, "target.digit: no reader is called 'digit'; did you mean 'digits'?"),
         ({"bounds": {"x": [0.0, 1.0]}}, "bounds.x: no reader is called 'x'"),
+        ({"bounds": {"dots": [0.5, 0.1]}}, "bounds.dots: must be [least, greatest] from 0 to 1"),
         ({"sizes": [{"name": "target"}]}, "sizes.0.name: 'target' is taken"),
         (
             {"sizes": [{"name": "a", "set": {"data.tokenizer": "bytes"}}]},

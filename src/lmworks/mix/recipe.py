@@ -56,8 +56,8 @@ class Mix:
     """What is to be small: the weight of the validation loss of sources, by name. Left out: the mean of all."""
     max_epochs: PositiveFloat | None = 4.0
     """How often the run may read a source; beyond 4 times each further one teaches less."""
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest share of sources, by name."""
+    bounds: dict[str, list[float]] = field(default_factory=dict)
+    """Least and greatest share of sources, by name, as in { docs = [0.1, 0.5] }."""
     verify: Verifying = Verifying()
     """Runs of the target's size at the end."""
     seed: NonNegativeInt = 0
@@ -81,6 +81,9 @@ class Mix:
                 if name not in names:
                     text = f"no reader is called '{name}'{did_you_mean(name, names)} Legal: {', '.join(names)}"
                     yield Problem(path=f"{key}.{name}", text=text)
+        for name, pair in self.bounds.items():
+            if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= 1:
+                yield Problem(path=f"bounds.{name}", text=f"must be [least, greatest] from 0 to 1, got {pair}")
         if self.target and not any(self.target.values()):
             yield Problem(path="target", text="all weights are 0")
         yield from self._check_sizes()

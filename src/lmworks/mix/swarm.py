@@ -76,7 +76,7 @@ class Swarm:
             fidelities=(*sizes, Fidelity(name=TOP, cost=1.0)),
             budget=_tokens(decoded),
             max_epochs=self.mix.max_epochs,
-            bounds=self.mix.bounds,
+            bounds={name: (pair[0], pair[1]) for name, pair in self.mix.bounds.items()},
         )
 
     def _flops(self, decoded: Any) -> float:
