@@ -76,6 +76,10 @@ class Mix:
         for i, reader in enumerate(decoded.data.readers):
             if reader.weight != 1.0:
                 yield Problem(path=f"recipe.data.readers.{i}.weight", text="has no effect: shares are what is sought")
+        yield from self._check_names(names)
+        yield from self._check_sizes()
+
+    def _check_names(self, names: list[str]) -> Iterator[Problem]:
         for key, given in (("target", self.target), ("bounds", self.bounds)):
             for name in given:
                 if name not in names:
@@ -86,7 +90,6 @@ class Mix:
                 yield Problem(path=f"bounds.{name}", text=f"must be [least, greatest] from 0 to 1, got {pair}")
         if self.target and not any(self.target.values()):
             yield Problem(path="target", text="all weights are 0")
-        yield from self._check_sizes()
 
     def _check_sizes(self) -> Iterator[Problem]:
         names = [size.name for size in self.sizes]
