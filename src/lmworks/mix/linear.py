@@ -39,9 +39,11 @@ class Ols:
     def fit(self, rows: Rows) -> Plane:
         """b_M by numpy's lstsq: the shortest of several where rows leave b open."""
         p_NM, y_N = enough(rows, self.least(rows.mixtures_NM.shape[1]), self.name)
-        b_M, _, rank, _ = np.linalg.lstsq(p_NM, y_N, rcond=None)
+        found, _, rank, _ = np.linalg.lstsq(p_NM, y_N, rcond=None)
+        b_M = np.asarray(found, dtype=np.float64)
         variance = float(((y_N - p_NM @ b_M) ** 2).sum()) / max(1, len(y_N) - int(rank))
-        return Plane(b_M=b_M, cov_MM=variance * np.linalg.pinv(p_NM.T @ p_NM), variance=variance)
+        cov_MM = np.asarray(variance * np.linalg.pinv(p_NM.T @ p_NM), dtype=np.float64)
+        return Plane(b_M=b_M, cov_MM=cov_MM, variance=variance)
 
 
 @final

@@ -76,7 +76,8 @@ def on_grid(p_M: Floats, problem: MixtureProblem) -> Floats:
     least, most = caps_in_units(problem.lower, problem.upper, GRID)
     if (least > most).any() or least.sum() > GRID or most.sum() < GRID:
         return p_M
-    return to_units(p_M[None], GRID, least, most)[0] / GRID
+    rounded: Floats = to_units(p_M[None], GRID, least, most)[0] / GRID
+    return rounded
 
 
 def divergence(p_NM: Floats, natural_M: Floats) -> Floats:
