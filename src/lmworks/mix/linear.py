@@ -114,7 +114,7 @@ class LogLinear:
 
         start = np.concatenate([[c], a_M])
         return optimize.least_squares(
-            residuals, start, jacobian, method="trf", x_scale="jac", xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=400
+            residuals, start, jacobian, method="trf", x_scale="jac", xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=200
         )
 
 
