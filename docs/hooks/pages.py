@@ -49,6 +49,7 @@ FOLDERS = (
     "audit",
     "prove",
     "board",
+    "mix",
 )
 
 

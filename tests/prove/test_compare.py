@@ -21,10 +21,10 @@ from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError, RecipeError
 from lmworks.core.papers import METHODS
 from lmworks.prove import evidence, report
-from lmworks.prove.arm import Measured
 from lmworks.prove.budget import cost_of_step, equal_steps, trial_table
 from lmworks.prove.compare import Comparison, Tried, compare, confounded_arms, confounders, grid_points, seeds_of
 from lmworks.prove.recipe import Arm, Proof, arm_table
+from lmworks.train.arm import Measured
 from tests.train import toy
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmworks.prove.arm import Measured, reach
 from lmworks.prove.judge import judge
 from lmworks.prove.recipe import Test
+from lmworks.train.arm import Measured, reach
 
 SEEDS = (1, 2, 3)
 

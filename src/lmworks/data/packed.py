@@ -58,6 +58,8 @@ class Packed:
         """Readers that are missing or that cannot be told apart; a mixture or a hold-out that does not fit them."""
         if not self.readers:
             yield Problem(path="readers", text="needs at least one reader, as in readers = [{ use = 'python-stdlib' }]")
+        elif self.mixture is None and not any(reader.weight for reader in self.readers):
+            yield Problem(path="readers", text="all weights are 0: nothing would be trained on")
         for slot in ("readers", "held_out"):
             counts = Counter(reader.label for reader in getattr(self, slot))
             for i, reader in enumerate(getattr(self, slot)):

@@ -7,8 +7,8 @@ from typing import Any
 
 from lmworks.core.errors import LmworksError
 from lmworks.core.recipe import Table
-from lmworks.prove.arm import Measured
 from lmworks.prove.recipe import Axis
+from lmworks.train.arm import Measured
 
 TRIAL_STEPS = 43
 """Steps of a trial: more than four of the intervals at which methods usually do extra work."""

@@ -23,12 +23,12 @@ from lmworks.core import recipe as recipes
 from lmworks.core.errors import LmworksError
 from lmworks.core.recipe import Table
 from lmworks.jobs.job import Job, JobFolder
-from lmworks.prove.arm import Measured
 from lmworks.prove.budget import cost_of_step, equal_steps, needs_trial, trial_table
 from lmworks.prove.judge import Finding, judge
 from lmworks.prove.recipe import Arm, Proof, Test, arm_table
+from lmworks.train.arm import Measured
 
-TRAIN = "prove.arm:train_arm"
+TRAIN = "train.arm:train_arm"
 
 
 class Told(Protocol):

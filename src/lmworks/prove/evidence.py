@@ -17,8 +17,8 @@ from lmworks.core.recipe import recipes_folder
 from lmworks.core.run import code_version, hardware, versions
 
 if TYPE_CHECKING:  # lmworks methods reads evidence without loading torch
-    from lmworks.prove.arm import Measured
     from lmworks.prove.compare import ArmResult, Comparison
+    from lmworks.train.arm import Measured
 
 FORMAT = 1
 PACKAGE = Path(__file__).resolve().parents[1]

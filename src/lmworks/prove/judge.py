@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lmworks.maths.stats import bootstrap_interval, centre, smallest_effect
-from lmworks.prove.arm import Measured, reach
 from lmworks.prove.recipe import Test
+from lmworks.train.arm import Measured, reach
 
 Verdict = Literal["holds", "not seen", "contrary", "refused", "confounded"]
 Runs = Mapping[str, Mapping[int, Measured]]

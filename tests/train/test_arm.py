@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmworks.core.errors import UsageError
-from lmworks.prove.arm import Measured, train_arm
+from lmworks.train.arm import Measured, train_arm
 from tests.train import ranked, toy
 
 pytestmark = pytest.mark.ranks

@@ -1,4 +1,4 @@
-"""One training run of an arm, as a job, and what is read from its folder."""
+"""One training run as a job, and what is read from its folder: an arm of a comparison, a proxy of a mixture."""
 
 from __future__ import annotations
 
