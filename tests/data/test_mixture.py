@@ -64,7 +64,18 @@ def test_only_ratios_of_weights_count() -> None:
     assert Mixture([3, 1]).take([0, 0], 50) == Mixture([0.75, 0.25]).take([0, 0], 50)
 
 
-@pytest.mark.parametrize("bad", [[], [1.0, 0.0], [-1.0]])
+@pytest.mark.parametrize("bad", [[], [0.0, 0.0], [-1.0], [1.0, -1.0]])
 def test_weights_must_be_positive(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="positive"):
         Mixture(bad)
+
+
+@given(weights, st.lists(st.integers(0, 3), max_size=4))
+def test_a_source_of_weight_zero_has_no_turn_and_changes_none(shares: list[float], at: list[int]) -> None:
+    order, _ = Mixture(shares).take([0] * len(shares), 60)
+    padded, names = list(shares), list(range(len(shares)))
+    for place in at:
+        padded.insert(min(place, len(padded)), 0.0)
+        names.insert(min(place, len(names)), -1)
+    among, _ = Mixture(padded).take([0] * len(padded), 60)
+    assert [names[i] for i in among] == order

@@ -5,6 +5,7 @@
 | lmworks train | run as it stands, on a tiny model; decoded (--check) where it compiles |
 | lmworks compare | run with one seed, on a tiny model |
 | lmworks prove | the proof and its arms are decoded (--check) |
+| lmworks mix | the recipe is decoded (--check); with --fit, which needs tables of runs, the options exist |
 | lmworks quickstart, launch, probe, fetch, chat | verb and options exist (minutes, ranks, a network, a person) |
 | any other lmworks command | run, in a folder that holds a tiny run at runs/quickstart |
 | make | the targets and variables exist |
@@ -35,6 +36,7 @@ HOW = {
     "train": "train",
     "compare": "compare",
     "prove": "prove",
+    "mix": "mix",
     "quickstart": "parse",
     "fetch": "parse",
     "launch": "parse",
@@ -90,6 +92,9 @@ def _job(command: Command, cwd: Path) -> dict[str, object]:
         return {"cwd": str(cwd), "argv": [*argv, *TINY_SETS, "--seeds", "1"], "how": "run"}
     if how == "prove":
         return {"cwd": str(cwd), "argv": [*argv, *([] if "--check" in argv else ["--check"])], "how": "run"}
+    if how == "mix":
+        given = "--fit" in argv
+        return {"cwd": str(cwd), "argv": argv if given else [*argv, "--check"], "how": "parse" if given else "run"}
     return {"cwd": str(cwd), "argv": argv, "how": how}
 
 

@@ -23,6 +23,7 @@ from lmworks.cli import (
     generate,
     launch,
     methods,
+    mix,
     plan,
     probe,
     prove,
@@ -36,6 +37,7 @@ from lmworks.core.errors import LmworksError
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart.quickstart,
     "data": data.data,
+    "mix": mix.mix,
     "train": train.train,
     "plan": plan.plan,
     "rehearse": rehearse.rehearse,

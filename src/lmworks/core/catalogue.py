@@ -167,6 +167,10 @@ SLOTS: dict[str, Shelf] = {
             "sophia-health": Part("methods.sophia:SophiaHealth", "say so when Sophia clips nearly all or hardly any"),
         },
     ),
+    "mixture": Shelf(
+        "how the shares of the sources are sought",
+        {"regmix": Part("methods.regmix:RegMix", "a regression on many small runs, and the best of many mixtures")},
+    ),
     "executor": Shelf(
         "where jobs run that do not depend on each other",
         {
@@ -191,6 +195,7 @@ VERBS: dict[str, str] = {
     "data": "make.recipe:Data",
     "train": "train.recipe:Train",
     "prove": "prove.recipe:Proof",
+    "mix": "mix.recipe:Mix",
 }
 """Verbs that run a recipe, and the dataclass that such a recipe decodes to."""
 
@@ -198,6 +203,7 @@ FOLDERS: dict[str, str] = {
     "data": "data",
     "train": "train",
     "prove": "proofs",
+    "mix": "mix",
 }
 """Where the shipped recipes of a verb lie, below `recipes/`."""
 

@@ -260,6 +260,7 @@ METHODS: dict[str, Method] = {
         2024,
         "many tiny runs predict the best mixture for a big one",
         ("mixture",),
+        "methods.regmix",
     ),
     "send": Method(
         "Hallucination Detox: Sensitive Neuron Dropout (SeND) for Large Language Model Training",

@@ -18,28 +18,31 @@ class Mixture:
 
     Taking always the source that lags most ("largest deficit") looks simpler, but with weights such as 2, 8, 2, 40, 40,
     40 one source drifts by more than a row. So among those that lag enough, the one whose next turn is due first goes.
+    A source of weight 0 never has a turn.
     The arithmetic is in integers: every machine gives the same order.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        if not weights or min(weights) <= 0:
-            raise ValueError(f"weights must be positive, got {list(weights)}")
+        if not weights or min(weights) < 0 or max(weights) <= 0:
+            raise ValueError(f"weights must not be negative, and one must be positive, got {list(weights)}")
         exact = [Fraction(weight) for weight in weights]
         scale = lcm(*(weight.denominator for weight in exact))
         self._parts = [int(weight * scale) for weight in exact]
         self._whole = sum(self._parts)
+        self._taking = sum(part > 0 for part in self._parts)
+        self._largest = self._parts.index(max(self._parts))
 
     def next(self, counts: Sequence[int]) -> int:
         """The source of the next row, when `counts` rows of each were taken so far by this rule."""
-        k = len(self._parts)
+        k = self._taking
         if k == 1:
-            return 0
+            return self._largest
         turn = sum(counts) + 1
         slack = 2 * k - 2
         best, best_due = -1, 0
         for i, (part, count) in enumerate(zip(self._parts, counts, strict=True)):
             lag = slack * (part * turn - self._whole * count)  # slack * whole times the rows it is behind
-            if lag < self._whole:
+            if part == 0 or lag < self._whole:
                 continue
             due = (slack - 1) * self._whole - lag  # over `part`: turns until it is a row short
             if best < 0 or due * self._parts[best] < best_due * part:

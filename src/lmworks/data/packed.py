@@ -52,6 +52,8 @@ class Packed:
         """Readers that are missing or that cannot be told apart."""
         if not self.readers:
             yield Problem(path="readers", text="needs at least one reader, as in readers = [{ use = 'python-stdlib' }]")
+        elif not any(reader.weight for reader in self.readers):
+            yield Problem(path="readers", text="all weights are 0: nothing would be trained on")
         counts = Counter(reader.label for reader in self.readers)
         for i, reader in enumerate(self.readers):
             if counts[reader.label] > 1:

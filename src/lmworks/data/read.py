@@ -21,7 +21,7 @@ from typing import Any, Literal, final
 from lmworks.core import catalogue
 from lmworks.core.errors import DataError, Problem
 from lmworks.core.need import need
-from lmworks.core.recipe import PositiveFloat, PositiveInt
+from lmworks.core.recipe import NonNegativeFloat, PositiveInt
 from lmworks.data.opening import open_lines
 from lmworks.data.record import Dropped, Ids, Record, Text
 
@@ -41,8 +41,8 @@ class SourceFile:
 class Reader(ABC):
     """What every reader has. `files` and `records` are pure: same files, same records, same order."""
 
-    weight: PositiveFloat = 1.0
-    """Share of this reader in the mixture, relative to the other readers'."""
+    weight: NonNegativeFloat = 1.0
+    """Share of this reader in the mixture, relative to the other readers'. 0: only what is held out of it is read."""
     name: str = ""
     """Name in manifests, metrics and seeds; empty: the reader's name in the catalogue."""
     max_bytes: PositiveInt | None = None

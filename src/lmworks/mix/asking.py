@@ -49,6 +49,10 @@ class Searching(ABC):
         A run of the table that failed is not asked for again.
         """
 
+    def at_once(self) -> int:
+        """How many runs it is asked for at a time: what came back of them is known to the next question only."""
+        return 1
+
     @abstractmethod
     def recommend(self, problem: MixtureProblem, table: RunTable, *, seed: int) -> Recommendation:
         """The best mixture as far as the table tells. Raises LmworksError when it tells too little."""
@@ -58,9 +62,9 @@ Make = Callable[[Sequence[Trial]], Sequence[Run]]
 """Makes runs: trains them, or looks them up in a table of runs that were made before."""
 
 
-def drive(searching: Searching, table: RunTable, make: Make, *, seed: int, at_once: int) -> Recommendation:
-    """Ask, make and tell, `at_once` runs at a time, until the search asks for nothing more; then its recommendation."""
-    while trials := searching.ask(table.problem, table, seed=seed, count=at_once):
+def drive(searching: Searching, table: RunTable, make: Make, *, seed: int) -> Recommendation:
+    """Ask, make and tell until the search asks for nothing more; then its recommendation."""
+    while trials := searching.ask(table.problem, table, seed=seed, count=searching.at_once()):
         for run in make(trials):
             table.tell(run)
     return searching.recommend(table.problem, table, seed=seed)

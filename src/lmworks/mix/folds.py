@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,11 @@ class Score:
     """Of predicted and true values; nan where predictions are all alike."""
     rmse: float
     """Root of the mean squared error."""
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values: None for what is not a number."""
+        rank = self.spearman if math.isfinite(self.spearman) else None
+        return {"surrogate": self.surrogate, "spearman": rank, "rmse": self.rmse}
 
 
 def folds_of(rows: int, folds: int, seed: int) -> Iterator[NDArray[np.bool_]]:

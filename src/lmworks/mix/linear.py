@@ -99,7 +99,8 @@ class LogLinear:
         optimize = need("scipy.optimize", extra="mix", why="the surrogate 'log-linear'")
         m = p_NM.shape[1]
         if a_M is None:
-            a_M = np.linalg.lstsq(p_NM, np.log(np.maximum(y_N - c, 1e-12)), rcond=None)[0]
+            logs_N = np.log(np.maximum(y_N - c, 1e-12))
+            a_M = np.asarray(np.linalg.lstsq(p_NM, logs_N, rcond=None)[0], dtype=np.float64)
         pull_MM = np.sqrt(ridge) * (np.eye(m) - 1 / m)
 
         def residuals(x: Floats) -> Floats:
