@@ -62,6 +62,17 @@ def test_prepared_data_are_what_the_recipe_says(corpus: Path) -> None:
     loader.close()
 
 
+def test_a_reader_of_weight_zero_is_held_out_and_never_trained_on(corpus: Path) -> None:
+    data = packed(corpus)
+    book = dataclasses.replace(data.readers[1], weight=0.0)
+    prepared = dataclasses.replace(data, readers=(data.readers[0], book)).prepare(seed=5)
+    loader = prepared.train(prefetch=0)
+    loader.draw(40)
+    assert loader.state()["rows"] == {"jsonl": 40, "book": 0}
+    ours, both = prepared.validation(), packed(corpus).prepare(seed=5).validation()
+    assert [batch.sources_BT.tolist() for batch in ours] == [batch.sources_BT.tolist() for batch in both]
+
+
 def test_the_two_splits_share_no_document(corpus: Path) -> None:
     prepared = packed(corpus, sequence_length=64).prepare(seed=0)
     decode = prepared.tokenizer.decode
@@ -290,7 +301,7 @@ def _parquet() -> type:
         ({"sequence_length": 0}, "sequence_length"),
         ({"tokenizer": {"use": "bpe", "vocab_size": 100}}, "tokenizer.vocab_size"),
         ({"tokenizer": {"use": "bpe", "split_digit": True}}, "tokenizer.split_digit"),
-        ({"readers": [{"use": "python-stdlib", "weight": 0.0}]}, "readers.0.weight"),
+        ({"readers": [{"use": "python-stdlib", "weight": -1.0}]}, "readers.0.weight"),
         ({"readers": [{"use": "jsonl"}]}, "readers.0.paths"),
     ],
 )
@@ -303,6 +314,10 @@ def test_settings_that_cannot_be_are_named(change: dict[str, Any], path: str) ->
 def test_readers_must_exist_and_be_told_apart() -> None:
     none = Packed(readers=(), sequence_length=8)
     assert [problem.path for problem in none.check(SimpleNamespace())] == ["readers"]
+    idle = Packed(readers=(PythonStdlib(weight=0.0),), sequence_length=8)
+    assert [str(problem) for problem in idle.check(SimpleNamespace())] == [
+        "readers: all weights are 0: nothing would be trained on"
+    ]
     twice = Packed(readers=(PythonStdlib(), PythonStdlib(tests=True), PythonStdlib(name="own")), sequence_length=8)
     assert [problem.path for problem in twice.check(SimpleNamespace())] == ["readers.0.name", "readers.1.name"]
 

@@ -16,6 +16,7 @@ from lmworks.mix.linear import Plane
 from lmworks.mix.problem import Floats
 from lmworks.mix.runs import Run, RunTable, Trial
 from lmworks.mix.search import divergence, draw_for, on_grid, search
+from lmworks.mix.slices import slice_of, triangle
 from lmworks.mix.surrogate import Prediction
 from lmworks.mix.worth import seed_noise, too_far, worth
 from tests.mix.planted import SIZE, losses, problem, table
@@ -194,3 +195,16 @@ def test_worth_of_a_plane_is_its_slope() -> None:
         assert one.point_sd == 0.0
     alone = worth(plane(1.0), [], problem(1), np.array([1.0]))
     assert alone[0].point == pytest.approx(0.0)
+
+
+def test_a_slice_holds_the_other_sources_where_they_are() -> None:
+    b, p = plane(1.0, 2.0, 4.0, 8.0), np.array([0.1, 0.4, 0.2, 0.3])
+    runs = np.array([[0.0, 0.2, 0.4, 0.4], [0.9, 0.1, 0.0, 0.0]])
+    part = slice_of(b, problem(4), p, runs)
+    assert part is not None
+    assert part["sources"] == ["s1", "s3", "s2"]
+    assert part["whole"] == pytest.approx(0.9)
+    first = triangle().tolist().index([1.0, 0.0, 0.0])
+    assert part["values"][first] == pytest.approx(0.1 * 1.0 + 0.9 * 2.0)
+    assert part["runs"] == [pytest.approx([0.2, 0.4, 0.4])]
+    assert slice_of(plane(1.0, 2.0), problem(2), np.array([0.5, 0.5]), runs[:, :2]) is None

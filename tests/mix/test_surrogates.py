@@ -44,12 +44,12 @@ def test_ols_is_least_squares() -> None:
     assert found.predict(seen.mixtures_NM).mean_N == pytest.approx(with_constant @ again, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["ols", "log-linear", "gp", "lightgbm"])
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_the_order_of_sources_does_not_matter(kind: str) -> None:
     seen = rows(problem(4), 60, noise=0.02)
     order = [2, 0, 3, 1]
     moved = Rows(seen.mixtures_NM[:, order], seen.values_N)
-    surrogate = dataclasses.replace(KINDS[kind], starts=0) if kind == "gp" else KINDS[kind]
+    surrogate = dataclasses.replace(KINDS[kind], starts=0) if "gp" in kind else KINDS[kind]
     asked = mixtures(problem(4), 20, seed=5)
     a, b = surrogate.fit(seen).predict(asked), surrogate.fit(moved).predict(asked[:, order])
     assert a.mean_N == pytest.approx(b.mean_N, abs=1e-5)
@@ -62,7 +62,7 @@ def test_held_out_rows_are_refused(kind: str) -> None:
     with pytest.raises(LmworksError, match="40 held-out runs were given to learn from"):
         KINDS[kind].fit(kept)
     with pytest.raises(LmworksError, match="held-out"):
-        KINDS[kind].settle(kept) if kind in ("lightgbm", "gp") else cross_validate(KINDS[kind], kept)
+        KINDS[kind].settle(kept) if kind in ("lightgbm", "gp", "log-gp") else cross_validate(KINDS[kind], kept)
     assert kept.take(np.arange(3)).held_out
 
 
@@ -100,7 +100,7 @@ def test_spreads_cover_the_truth() -> None:
     new = mixtures(of, 200, seed=9)
     c, a_M = truth(4)
     noisy = exponential(c, a_M, new) + 0.05 * np.random.default_rng(3).standard_normal(200)
-    for surrogate in (LogLinear(), GaussianProcess(starts=0)):
+    for surrogate in (LogLinear(), GaussianProcess(starts=0), GaussianProcess(starts=0, logs=True)):
         told = surrogate.fit(rows(of, 60, noise=0.05)).predict(new)
         assert 0.85 < float((np.abs(told.mean_N - noisy) < 2 * told.sd_N).mean()) <= 1.0
 
@@ -125,10 +125,9 @@ def test_the_better_surrogate_is_chosen() -> None:
 
 
 def test_names_of_surrogates() -> None:
-    assert [one.name for one in kinds_of("auto", 100)] == ["lightgbm", "log-linear", "ols", "gp"]
-    assert "gp" not in [one.name for one in kinds_of("auto", 512)]
+    assert [one.name for one in kinds_of("auto")] == ["lightgbm", "log-linear", "ols", "gp", "log-gp"]
     with pytest.raises(UsageError, match="did you mean 'lightgbm'"):
-        kinds_of("lightgmb", 10)
+        kinds_of("lightgmb")
 
 
 def test_what_is_learnt_predicts_what_is_held_out() -> None:
@@ -148,3 +147,19 @@ def test_too_few_runs_are_refused_with_what_was_lost() -> None:
     runs = table(of, 5)
     with pytest.raises(LmworksError, match="5 runs of size 'proxy' are left to learn from; 4 sources need 6"):
         learn(runs, SIZE)
+
+
+def test_lengths_are_sought_by_some_rows_and_all_are_learnt_from() -> None:
+    seen = rows(problem(3), 60, noise=0.01)
+    few = GaussianProcess(starts=0, searched=30).fit(seen)
+    assert len(few.process.X_train_) == 60
+    asked = mixtures(problem(3), 20, seed=7)
+    whole = GaussianProcess(starts=0).fit(seen)
+    assert few.predict(asked).mean_N == pytest.approx(whole.predict(asked).mean_N, abs=0.05)
+
+
+def test_a_process_of_logarithms_stays_above_its_floor() -> None:
+    found = GaussianProcess(starts=0, logs=True).fit(rows(problem(4), 20))
+    told = found.predict(np.eye(4)).mean_N
+    assert found.floor is not None
+    assert (told > found.floor).all()

@@ -22,7 +22,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(rank(a), rank(b))[0, 1])
 
 
-def nearest_by_search(p: Floats, lower: Floats, upper: Floats, rounds: int = 20_000) -> Floats:
+def nearest_by_search(p: Floats, lower: Floats, upper: Floats, rounds: int = 4_000) -> Floats:
     """The nearest feasible point: mass moved between two sources in turn as long as that helps."""
     x = lower + (1 - lower.sum()) * (upper - lower) / max(1e-300, float((upper - lower).sum()))
     m = len(p)

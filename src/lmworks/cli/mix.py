@@ -32,7 +32,7 @@ def mix(
         list[str] | None, typer.Option("--target", help="With --fit: a column of losses, or the end of its name.")
     ] = None,
     surrogate: Annotated[
-        str, typer.Option("--surrogate", help="With --fit: auto, lightgbm, log-linear, ols or gp.")
+        str, typer.Option("--surrogate", help="With --fit: auto, lightgbm, log-linear, ols, gp or log-gp.")
     ] = "auto",
     check: Annotated[
         bool, typer.Option("--check", help="Decode the recipe, print it with every default, run nothing.")

@@ -27,11 +27,12 @@ the least predicted loss, its spread, what each source is worth, and what speaks
    Shares below `step` become 0, the rest multiples of it. Of 100 K draws K different ones are taken.
 2. *Train* a small model on each, all from one seed, so that they differ in their mixture only. `unseen` more are held
    out, to judge by; `repeats` of the natural mixture tell what seeds alone change.
-3. *Regress* each loss of the target on p, by boosted trees, an exponential of a plane, a plane, or a Gaussian process
+3. *Regress* each loss of the target on p, by boosted trees, an exponential of a plane, a plane, or Gaussian processes
    on sqrt(p). 'auto' takes, for each loss, the one with the least error on proxies left out, five folds.
 
-       lightgbm     sum of trees, rate 0.01, at most 1000 of them      ols   y = b.p
-       log-linear   y = c + exp(a.p)                                   gp    Matern 5/2 with a length for each source
+       lightgbm     sum of trees, rate 0.01, at most 1000 of them      ols      y = b.p
+       log-linear   y = c + exp(a.p)                                   gp       y = g(sqrt(p)), Matern 5/2, a length
+       log-gp       log(y - c) = g(sqrt(p)), c of log-linear                    for each source, and noise
 
 4. *Draw* `simulated` mixtures within bounds and `max_epochs`, half from Dirichlet(q), half as in 1; predict the target,
    the weighted sum of its losses; take the mean of the best `top`. Caps bound a convex set, so the mean keeps them.
@@ -47,7 +48,7 @@ What it stands on is that the *order* of mixtures is the same for small and larg
 
 - Sources differ, there are more tokens of some than of others, and you know which losses matter.
 - One target decides the answer: a target that is one of the sources mostly asks for that source. Name several.
-- 3 (m + 1) proxies are enough where 'log-linear' or 'gp' is chosen; trees want some 10 for each source and more.
+- 3 (m + 1) proxies are enough for the processes and for 'log-linear'; trees want some 10 for each source and more.
 - Proxies below 15M parameters lose some of the order on many kinds of web text, as others found; here they are as large
   as `sizes` says.
 - Caps belong to the search (`max_epochs`), not to the proxies: those may repeat more than the large run will.
@@ -105,7 +106,7 @@ class RegMix(Searching):
     """Further small runs, to judge by. Fewer than 3: nothing is judged."""
     repeats: NonNegativeInt = 3
     """Runs of the natural mixture with as many seeds: what seeds alone change. Fewer than 2: it is not known."""
-    surrogate: Literal["auto", "lightgbm", "log-linear", "ols", "gp"] = "auto"
+    surrogate: Literal["auto", "lightgbm", "log-linear", "ols", "gp", "log-gp"] = "auto"
     """What is fitted. 'auto': for each column the one that errs least on proxies left out; the paper has 'lightgbm'."""
     temperature: Fraction = 0.5
     """Mixtures are drawn around the natural shares to this power."""

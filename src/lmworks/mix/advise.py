@@ -14,8 +14,9 @@ from lmworks.mix.asking import Recommendation
 from lmworks.mix.learn import Learnt, learn, rank_of_unseen, resampled
 from lmworks.mix.problem import Floats, MixtureProblem
 from lmworks.mix.runs import RunTable
-from lmworks.mix.search import Predicts, draw_for, on_grid, search
+from lmworks.mix.search import draw_for, on_grid, search
 from lmworks.mix.slices import slice_of
+from lmworks.mix.surrogate import Fitted
 
 REFIT_DRAWS = 20_000
 """Drawn mixtures that each refit chooses among."""
@@ -95,11 +96,11 @@ def _named(learnt: Learnt) -> str:
     return " and ".join(kinds)
 
 
-def _gain(predicts: Predicts, refits: Sequence[Predicts], natural_M: Floats, chosen_M: Floats) -> tuple[float, float]:
+def _gain(predicts: Fitted, refits: Sequence[Fitted], natural_M: Floats, chosen_M: Floats) -> tuple[float, float]:
     """Predicted target of the natural mixture minus that of the chosen one, and its standard deviation over refits."""
     pair = np.stack([natural_M, chosen_M])
 
-    def gain(one: Predicts) -> float:
+    def gain(one: Fitted) -> float:
         y = one.predict(pair).mean_N
         return float(y[0] - y[1])
 
@@ -108,7 +109,7 @@ def _gain(predicts: Predicts, refits: Sequence[Predicts], natural_M: Floats, cho
 
 
 def _predicted(
-    predicts: Predicts, problem: MixtureProblem, chosen: Floats, natural: Floats, worst: Floats
+    predicts: Fitted, problem: MixtureProblem, chosen: Floats, natural: Floats, worst: Floats
 ) -> dict[str, float]:
     """The target of the mixtures that a verification may run, by name."""
     m = len(chosen)
@@ -117,7 +118,7 @@ def _predicted(
     return dict(zip(named, predicts.predict(np.stack(list(named.values()))).mean_N.tolist(), strict=True))
 
 
-def _bests(refits: Sequence[Predicts], problem: MixtureProblem, drawn_NM: Floats, asked: Asked) -> Floats:
+def _bests(refits: Sequence[Fitted], problem: MixtureProblem, drawn_NM: Floats, asked: Asked) -> Floats:
     """The mixture that each refit would have chosen, (refits, M)."""
     few = drawn_NM[:: max(1, len(drawn_NM) // REFIT_DRAWS)]
     top = max(1, asked.top * len(few) // len(drawn_NM))
@@ -125,7 +126,7 @@ def _bests(refits: Sequence[Predicts], problem: MixtureProblem, drawn_NM: Floats
 
 
 def _spread(
-    refits: Sequence[Predicts], problem: MixtureProblem, drawn_NM: Floats, asked: Asked
+    refits: Sequence[Fitted], problem: MixtureProblem, drawn_NM: Floats, asked: Asked
 ) -> tuple[tuple[float, float], ...]:
     if len(refits) < 2:
         return ()
@@ -134,7 +135,7 @@ def _spread(
 
 
 def _proposed(
-    refits: Sequence[Predicts], problem: MixtureProblem, drawn_NM: Floats, chosen_M: Floats, asked: Asked
+    refits: Sequence[Fitted], problem: MixtureProblem, drawn_NM: Floats, chosen_M: Floats, asked: Asked
 ) -> list[list[float]]:
     """The answer, and what the first refits would have answered: where a few more runs would tell most."""
     others = _bests(refits[: PROPOSED - 1], problem, drawn_NM, asked) if refits else np.empty((0, len(chosen_M)))

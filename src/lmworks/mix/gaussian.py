@@ -1,6 +1,7 @@
-"""A Gaussian process on the square roots of shares (scikit-learn, extra `mix`).
+"""A Gaussian process on the square roots of shares, of losses or of their logarithms (scikit-learn, extra `mix`).
 
-Roots, because a source's first per cent changes more than its fiftieth.
+Roots, because a source's first per cent changes more than its fiftieth. Logarithms of what is above a floor, because a
+source divides that by a factor, as in 'log-linear', whose floor is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, final
 import numpy as np
 
 from lmworks.core.need import need
-from lmworks.mix.linear import enough
+from lmworks.mix.linear import LogLinear, enough
 from lmworks.mix.problem import Floats
 from lmworks.mix.runs import Rows
 from lmworks.mix.surrogate import Prediction
@@ -25,8 +26,12 @@ class GaussianProcess:
     """Matern 5/2 with a length for each source and noise, both by the marginal likelihood; values standardised."""
 
     name: str = "gp"
-    starts: int = 2
+    logs: bool = False
+    """Of log(y - c), not of y; predictions are medians."""
+    starts: int = 1
     """Starts of the search for lengths besides the first."""
+    searched: int = 128
+    """Rows by which lengths are sought; with more, by as many of them."""
     seed: int = 0
     kernel: Any = None
     """One whose lengths and noise are found; None: they are found in the fit."""
@@ -42,18 +47,27 @@ class GaussianProcess:
     def fit(self, rows: Rows) -> Process:
         """The posterior after the rows."""
         p_NM, y_N = enough(rows, self.least(rows.mixtures_NM.shape[1]), self.name)
-        process = self._process(p_NM.shape[1])
+        floor = _floor(rows) if self.logs else None
+        values_N = y_N if floor is None else np.log(y_N - floor)
+        kernel = self.kernel
+        if kernel is None and len(y_N) > self.searched:
+            some = np.random.default_rng(self.seed).choice(len(y_N), self.searched, replace=False)
+            kernel = self._conditioned(p_NM[some], values_N[some], None).kernel_
+        return Process(process=self._conditioned(p_NM, values_N, kernel), floor=floor)
+
+    def _conditioned(self, p_NM: Floats, values_N: Floats, kernel: Any) -> Any:
+        process = self._process(p_NM.shape[1], kernel)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lengths at their ends are sources that do not matter
-            process.fit(np.sqrt(p_NM), y_N)
-        return Process(process=process)
+            process.fit(np.sqrt(p_NM), values_N)
+        return process
 
-    def _process(self, sources: int) -> Any:
+    def _process(self, sources: int, kernel: Any) -> Any:
         why = "the surrogate 'gp'"
         gaussian = need("sklearn.gaussian_process", extra="mix", why=why)
         kernels = need("sklearn.gaussian_process.kernels", extra="mix", why=why)
-        if self.kernel is not None:
-            return gaussian.GaussianProcessRegressor(self.kernel, optimizer=None, normalize_y=True)
+        if kernel is not None:
+            return gaussian.GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True)
         matern = kernels.Matern(length_scale=np.ones(sources), length_scale_bounds=(0.05, 50.0), nu=2.5)
         noise = kernels.WhiteKernel(0.01, (1e-8, 1.0))
         kernel = kernels.ConstantKernel(1.0, (0.01, 100.0)) * matern + noise
@@ -68,6 +82,8 @@ class Process:
     """A posterior."""
 
     process: Any
+    floor: float | None
+    """c, where the process is of log(y - c)."""
 
     def predict(self, mixtures_NM: Floats) -> Prediction:
         """Values of N mixtures, the noise of a run in the spread."""
@@ -76,4 +92,17 @@ class Process:
             mean, sd = self.process.predict(np.sqrt(mixtures_NM[first : first + 4096]), return_std=True)
             means.append(mean)
             spreads.append(sd)
-        return Prediction(np.concatenate(means), np.concatenate(spreads))
+        mean_N, sd_N = np.concatenate(means), np.concatenate(spreads)
+        if self.floor is None:
+            return Prediction(mean_N, sd_N)
+        above_N = np.exp(mean_N)
+        return Prediction(self.floor + above_N, above_N * sd_N)
+
+
+def _floor(rows: Rows) -> float:
+    """What no mixture is taken to get below: log-linear's c, and below the least value by a fiftieth of their range."""
+    y_N = rows.values_N
+    least = float(y_N.min()) - 0.02 * (float(np.ptp(y_N)) or 1.0)
+    if len(rows) < LogLinear().least(rows.mixtures_NM.shape[1]):
+        return least
+    return min(LogLinear().fit(rows).c, least)

@@ -25,10 +25,9 @@ KINDS: dict[str, Surrogate] = {
     "log-linear": LogLinear(),
     "ols": Ols(),
     "gp": GaussianProcess(),
+    "log-gp": GaussianProcess(name="log-gp", logs=True),
 }
 """Surrogates by name."""
-MOST_FOR_GP = 256
-"""Rows beyond which 'auto' leaves out the process: its fit takes the cube of them."""
 
 
 @final
@@ -62,14 +61,13 @@ class Learnt:
         }
 
 
-def kinds_of(name: str, rows: int) -> list[Surrogate]:
-    """The surrogates that a setting means; 'auto': all that so many rows allow. Raises UsageError for another name."""
+def kinds_of(name: str) -> list[Surrogate]:
+    """The surrogates that a setting means, all of them for 'auto'. Raises UsageError for another name."""
     if name == "auto":
-        return [one for key, one in KINDS.items() if key != "gp" or rows <= MOST_FOR_GP]
+        return list(KINDS.values())
     if name not in KINDS:
-        raise UsageError(
-            f"no surrogate is called '{name}'{did_you_mean(name, KINDS)}", legal=", ".join(["auto", *KINDS])
-        )
+        known = ["auto", *KINDS]
+        raise UsageError(f"no surrogate is called '{name}'{did_you_mean(name, known)}", legal=", ".join(known))
     return [KINDS[name]]
 
 
@@ -90,7 +88,7 @@ def learn(table: RunTable, fidelity: str, *, surrogate: str = "auto", seed: int 
         )
     chosen, scores = {}, {}
     for column, one in rows.items():
-        found, scores[column] = choose(kinds_of(surrogate, count), one, seed=seed)
+        found, scores[column] = choose(kinds_of(surrogate), one, seed=seed)
         chosen[column] = found.settle(one)
     joint = Joint({column: chosen[column].fit(one) for column, one in rows.items()}, weights)
     return Learnt(joint=joint, surrogates=chosen, scores=scores, rows=rows)

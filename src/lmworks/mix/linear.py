@@ -39,9 +39,11 @@ class Ols:
     def fit(self, rows: Rows) -> Plane:
         """b_M by numpy's lstsq: the shortest of several where rows leave b open."""
         p_NM, y_N = enough(rows, self.least(rows.mixtures_NM.shape[1]), self.name)
-        b_M, _, rank, _ = np.linalg.lstsq(p_NM, y_N, rcond=None)
+        found, _, rank, _ = np.linalg.lstsq(p_NM, y_N, rcond=None)
+        b_M = np.asarray(found, dtype=np.float64)
         variance = float(((y_N - p_NM @ b_M) ** 2).sum()) / max(1, len(y_N) - int(rank))
-        return Plane(b_M=b_M, cov_MM=variance * np.linalg.pinv(p_NM.T @ p_NM), variance=variance)
+        cov_MM = np.asarray(variance * np.linalg.pinv(p_NM.T @ p_NM), dtype=np.float64)
+        return Plane(b_M=b_M, cov_MM=cov_MM, variance=variance)
 
 
 @final
@@ -112,7 +114,7 @@ class LogLinear:
 
         start = np.concatenate([[c], a_M])
         return optimize.least_squares(
-            residuals, start, jacobian, method="trf", x_scale="jac", xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=400
+            residuals, start, jacobian, method="trf", x_scale="jac", xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=200
         )
 
 

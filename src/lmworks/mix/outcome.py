@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from lmworks.maths.ranks import spearman
 from lmworks.mix.asking import Recommendation, drive
 from lmworks.mix.problem import TOP, Mixture, MixtureProblem
 from lmworks.mix.recipe import Mix
-from lmworks.mix.runs import Run, RunTable, Trial
+from lmworks.mix.runs import RunTable, Trial
 from lmworks.mix.search import on_grid
 from lmworks.mix.swarm import Swarm
 
@@ -30,10 +28,7 @@ def run(mix: Mix, swarm: Swarm) -> Content:
     problem = swarm.problem
     table = RunTable(problem)
 
-    def make(trials: Sequence[Trial]) -> Sequence[Run]:
-        return swarm.make(trials)
-
-    advice = drive(mix.search, table, make, seed=mix.seed)
+    advice = drive(mix.search, table, swarm.make, seed=mix.seed)
     swarm.keep(table)
     verified = _verify(mix, swarm, table, advice)
     swarm.keep(table)
@@ -155,8 +150,3 @@ def _order(verified: Content, advice: Recommendation) -> Content | None:
     by_told = [names[i] for i in np.argsort(told)]
     by_seen = [names[i] for i in np.argsort(seen)]
     return {"predicted": by_told, "measured": by_seen, "spearman": spearman(told, seen), "right": by_told == by_seen}
-
-
-def copy_recipe(folder: Path, to: Path) -> None:
-    """The training recipe where a person wants it."""
-    shutil.copyfile(folder / "recipe.toml", to)

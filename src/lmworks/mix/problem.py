@@ -101,7 +101,8 @@ class MixtureProblem:
         if any(count is None for count in tokens):
             return np.full(len(tokens), 1 / len(tokens))
         counts = np.array(tokens, dtype=np.float64)
-        return counts / counts.sum()
+        shares: Floats = counts / counts.sum()
+        return shares
 
     @property
     def lower(self) -> Floats:
@@ -115,7 +116,8 @@ class MixtureProblem:
         if self.max_epochs is None or self.budget is None:
             return upper
         most = [math.inf if s.tokens is None else self.max_epochs * s.tokens / self.budget for s in self.sources]
-        return np.minimum(upper, most)
+        capped: Floats = np.minimum(upper, most)
+        return capped
 
     def epochs(self, p_M: Sequence[float] | Floats) -> dict[str, float]:
         """How often each source is read in the run that the mixture is for; those whose tokens are known."""
@@ -126,7 +128,8 @@ class MixtureProblem:
 
     def nearest(self, p_M: Sequence[float] | Floats) -> Floats:
         """The feasible mixture that is nearest to a vector (Euclid): shares shifted alike, and cut at the bounds."""
-        return nearest_within(np.asarray(p_M, dtype=np.float64)[None], self.lower, self.upper)[0]
+        near: Floats = nearest_within(np.asarray(p_M, dtype=np.float64)[None], self.lower, self.upper)[0]
+        return near
 
     def why_not(self, p_M: Sequence[float] | Floats) -> str | None:
         """What keeps a vector from being a mixture within the bounds; None when nothing does."""

@@ -7,24 +7,16 @@ in its favour, and inside the caps, since these bound a convex set.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import final
 
 import numpy as np
 
 from lmworks.mix.problem import Floats, MixtureProblem
 from lmworks.mix.sample import Sampler, candidates, caps_in_units, to_units
-from lmworks.mix.surrogate import Prediction
+from lmworks.mix.surrogate import Fitted
 
 GRID = 10_000
 """A recommended share is a whole number of these parts, where the caps leave room for that."""
-
-
-class Predicts(Protocol):
-    """A surrogate that was fitted, or several joined to a target."""
-
-    def predict(self, mixtures_NM: Floats) -> Prediction:
-        """Values of N mixtures."""
-        ...
 
 
 @final
@@ -40,7 +32,7 @@ class Found:
     """The drawn mixture with the worst prediction."""
 
 
-def search(predicts: Predicts, problem: MixtureProblem, drawn_NM: Floats, *, top: int, pull: float = 0.0) -> Found:
+def search(predicts: Fitted, problem: MixtureProblem, drawn_NM: Floats, *, top: int, pull: float = 0.0) -> Found:
     """The average of the `top` drawn mixtures with the least (target + pull x KL(mixture || natural)).
 
     Where the surrogate's own prediction of that average is worse than of the single best draw (its good mixtures are no
@@ -76,7 +68,8 @@ def on_grid(p_M: Floats, problem: MixtureProblem) -> Floats:
     least, most = caps_in_units(problem.lower, problem.upper, GRID)
     if (least > most).any() or least.sum() > GRID or most.sum() < GRID:
         return p_M
-    return to_units(p_M[None], GRID, least, most)[0] / GRID
+    rounded: Floats = to_units(p_M[None], GRID, least, most)[0] / GRID
+    return rounded
 
 
 def divergence(p_NM: Floats, natural_M: Floats) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lmworks.mix.problem import Floats, MixtureProblem
-from lmworks.mix.search import Predicts
+from lmworks.mix.surrogate import Fitted
 
 FINE = 24
 """Steps along an edge of the triangle."""
@@ -19,7 +19,7 @@ def triangle() -> Floats:
     return np.array(grid, dtype=np.float64) / FINE
 
 
-def slice_of(predicts: Predicts, problem: MixtureProblem, p_M: Floats, runs_NM: Floats) -> dict[str, Any] | None:
+def slice_of(predicts: Fitted, problem: MixtureProblem, p_M: Floats, runs_NM: Floats) -> dict[str, Any] | None:
     """Of the three sources with most: predicted targets at `triangle()`, where the mixture is, and the runs that have
     half of their tokens or more there; the other sources keep what they have. None for fewer than three sources."""
     if len(p_M) < 3:

@@ -12,7 +12,7 @@ import numpy as np
 from lmworks.mix.learn import Learnt
 from lmworks.mix.problem import Floats, MixtureProblem
 from lmworks.mix.runs import RunTable
-from lmworks.mix.search import Predicts
+from lmworks.mix.surrogate import Fitted
 
 POINT = 0.01
 """What is moved from all other sources to one: a hundredth of the tokens."""
@@ -45,14 +45,14 @@ class Worth:
     """What the target gains when it is left out and the others take its place in proportion; positive: it is needed."""
 
 
-def worth(predicts: Predicts, refits: Sequence[Predicts], problem: MixtureProblem, p_M: Floats) -> list[Worth]:
+def worth(predicts: Fitted, refits: Sequence[Fitted], problem: MixtureProblem, p_M: Floats) -> list[Worth]:
     """Each source, in order."""
     m = len(p_M)
     more = np.stack([_moved(p_M, j, p_M[j] + POINT) for j in range(m)])
     less = np.stack([_moved(p_M, j, 0.0) for j in range(m)])
     asked = np.vstack([p_M[None], more, less])
 
-    def gains(one: Predicts) -> tuple[Floats, Floats]:
+    def gains(one: Fitted) -> tuple[Floats, Floats]:
         y = one.predict(asked).mean_N
         return y[0] - y[1 : m + 1], y[m + 1 :] - y[0]
 
