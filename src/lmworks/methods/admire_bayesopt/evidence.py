@@ -1,0 +1,155 @@
+"""Runs as the kernel sees them: the larger the better, scaled, one row a run; and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmworks.core.errors import LmworksError
+from lmworks.methods.admire_bayesopt.kernel import Points
+from lmworks.mix.problem import Floats, MixtureProblem
+from lmworks.mix.runs import RunTable
+
+Inputs = Literal["root", "share"]
+Standardise = Literal["size", "all"]
+OFFSET = 1.0
+"""Deviation of a size's level about the mean of its runs, in scaled values."""
+ENOUGH = 3
+"""Runs from which a size has a spread of its own."""
+PER_CENT = 20.0
+"""Scores this many times others of the same target are told in another unit."""
+
+
+@final
+@dataclass(frozen=True)
+class Evidence:
+    """What may be learnt from. S sizes, N runs."""
+
+    mixtures_NM: Floats
+    size_N: Tensor
+    value_N: Tensor
+    """Minus the target, scaled."""
+    fidelity_S: Tensor
+    """Cost of a run of each size over that of the largest: the kernel's coordinate, and the divisor of what is won."""
+    scale: float
+    """What 1 of the scaled values is, in units of the target, at the largest size."""
+    centre: float
+    """The target at the largest size for which the scaled value is 0."""
+    inputs: Inputs
+
+    def __len__(self) -> int:
+        return len(self.size_N)
+
+    @property
+    def top(self) -> int:
+        """The largest size."""
+        return len(self.fidelity_S) - 1
+
+    def seen(self, mixtures_NM: Floats) -> Tensor:
+        """Mixtures as the kernel sees them: (N, M)."""
+        p_NM = torch.from_numpy(np.array(mixtures_NM, dtype=np.float64)).reshape(len(mixtures_NM), -1)
+        return p_NM.clamp(min=0).sqrt() if self.inputs == "root" else p_NM
+
+    def points(self, mixtures_NM: Floats, size: int) -> Points:
+        """Mixtures at a size."""
+        return Points(self.seen(mixtures_NM), torch.full((len(mixtures_NM),), size))
+
+    @property
+    def runs(self) -> Points:
+        """All runs."""
+        return Points(self.seen(self.mixtures_NM), self.size_N)
+
+    def target(self, value: float) -> float:
+        """A scaled value at the largest size, in units of the target."""
+        return self.centre - self.scale * value
+
+    def count(self, size: int) -> int:
+        """Runs of a size."""
+        return int((self.size_N == size).sum())
+
+
+def gather(problem: MixtureProblem, table: RunTable, *, inputs: Inputs, standardise: Standardise) -> Evidence:
+    """The runs that may be learnt from. Raises LmworksError for scores in two units."""
+    rows = [table.to_learn(one.name).to_fit() for one in problem.fidelities]
+    same_unit([values for _, values in rows])
+    mixtures = np.concatenate([mixture for mixture, _ in rows])
+    sizes = torch.cat([torch.full((len(values),), i) for i, (_, values) in enumerate(rows)])
+    raw = [torch.from_numpy(-values) for _, values in rows]
+    everything = torch.cat(raw)
+    if standardise == "size":
+        spreads = _spreads(raw)
+        centres = [float(values.mean()) if len(values) else 0.0 for values in raw]
+    else:
+        spreads = [_spread(everything)] * len(raw)
+        centres = [float(everything.mean()) if len(everything) else 0.0] * len(raw)
+    scaled = [(values - c) / s for values, c, s in zip(raw, centres, spreads, strict=True)]
+    costs = torch.tensor([one.cost / problem.top.cost for one in problem.fidelities], dtype=torch.float64)
+    return Evidence(mixtures, sizes, torch.cat(scaled), costs, spreads[-1], -centres[-1], inputs)
+
+
+def _spread(values: Tensor) -> float:
+    """Standard deviation; 1 where there is none to tell."""
+    found = float(values.std()) if len(values) > 1 else 0.0
+    return found if found > 1e-12 * max(1.0, float(values.abs().max()) if len(values) else 1.0) else 1.0
+
+
+def _spreads(values: list[Tensor]) -> list[float]:
+    """Of each size; one with too few runs borrows that of the next larger, then the next smaller, size with enough."""
+    known = {i: _spread(one) for i, one in enumerate(values) if len(one) >= ENOUGH}
+    if not known:
+        return [_spread(torch.cat([one - one.mean() for one in values if len(one)] or [torch.zeros(0)]))] * len(values)
+    return [known[min(known, key=lambda j: (abs(j - i), -j))] for i in range(len(values))]
+
+
+def same_unit(values_by_size: list[Floats]) -> None:
+    """Raise LmworksError when some scores are fractions and others of the same target per cent."""
+    values = np.sort(np.abs(np.concatenate([*values_by_size, np.zeros(0)])))
+    values = values[values > 0]
+    if len(values) < 2 or values[-1] > 100:
+        return
+    ratios = values[1:] / values[:-1]
+    cut = int(ratios.argmax())
+    low, high = values[: cut + 1], values[cut + 1 :]
+    alike = low.min() * 100 / 5 <= high.max() and high.min() <= low.max() * 100 * 5
+    if ratios[cut] >= PER_CENT and low.max() <= 1 < high.min() and alike:
+        raise LmworksError(
+            f"{len(low)} scores from {low.min():.4g} to {low.max():.4g} and {len(high)} from {high.min():.4g} to "
+            f"{high.max():.4g}: some are fractions, others per cent",
+            next_step="multiply the fractions by 100 in the run table",
+        )
+
+
+def told_apart(evidence: Evidence, noise: float | None) -> str | None:
+    """Why the mixtures at the largest size cannot be told apart; None when they can, or when it is too early to say.
+
+    `noise`: standard deviation of the target between runs of one mixture; None: as pairs of such runs show it.
+    """
+    top_N = (evidence.size_N == evidence.top).numpy()
+    values = evidence.value_N[torch.from_numpy(top_N)].numpy() * evidence.scale
+    if len(values) < ENOUGH + 1:
+        return None
+    spread = float(values.std(ddof=1))
+    if spread <= 1e-12 * max(1.0, abs(evidence.centre)):
+        return f"all {len(values)} runs of the largest size are equal"
+    if noise is None:
+        noise = between_repeats(evidence.mixtures_NM[top_N], values)
+    if noise is not None and spread < 2 * noise:
+        return f"{len(values)} runs of the largest size differ by {spread:.3g}, seeds alone by {noise:.3g}"
+    return None
+
+
+def between_repeats(mixtures_NM: Floats, values_N: Floats) -> float | None:
+    """Standard deviation among runs of the same mixture, pooled; None where fewer than three such runs are."""
+    groups: dict[tuple[float, ...], list[float]] = {}
+    for mixture, value in zip(mixtures_NM, values_N, strict=True):
+        groups.setdefault(tuple(mixture), []).append(float(value))
+    repeated = [np.array(group) for group in groups.values() if len(group) > 1]
+    if sum(map(len, repeated)) < ENOUGH:
+        return None
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in repeated)
+    return math.sqrt(squares / sum(len(group) - 1 for group in repeated))
