@@ -148,9 +148,7 @@ class Wire:
             yield
         self.flight.leave(entry)
 
-    def watched(
-        self, running: Running, axis: str, operation: str, size: float, peer: int | None = None
-    ) -> Running:
+    def watched(self, running: Running, axis: str, operation: str, size: float, peer: int | None = None) -> Running:
         """An exchange that has just begun and goes on beside other work: on the flight record and on the timeline until
         its `wait()`. It is on the bill already. `peer`: as `counted` takes it."""
         entry = self.flight.enter(axis, operation, size, self._rank_at(axis, peer))
@@ -281,6 +279,7 @@ class Wire:
         with self.spans.span(f"{axis} receive", bytes=size, exchange=True, number=entry.number):
             yield
         self.flight.leave(entry)
+
     def begin_send(self, x: Tensor, to: int, axis: str, group: str | None = None) -> Running:
         """Begin to send to the rank at place `to` of the axis; x stays as it is until `wait()`. `group`: another one of
         the same ranks, so that it is in no turn with what else goes between them."""
