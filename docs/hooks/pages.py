@@ -48,6 +48,7 @@ FOLDERS = (
     "make",
     "audit",
     "prove",
+    "guard",
 )
 
 

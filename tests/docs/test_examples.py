@@ -5,7 +5,7 @@
 | lmworks train | run as it stands, on a tiny model; decoded (--check) where it compiles |
 | lmworks compare | run with one seed, on a tiny model |
 | lmworks prove | the proof and its arms are decoded (--check) |
-| lmworks quickstart, launch, probe, fetch, chat | verb and options exist (minutes, ranks, a network, a person) |
+| lmworks quickstart, launch, guard, drill, probe, fetch, chat | verb and options exist (minutes, ranks, people) |
 | any other lmworks command | run, in a folder that holds a tiny run at runs/quickstart |
 | make | the targets and variables exist |
 | pip install | the extras exist |
@@ -38,6 +38,8 @@ HOW = {
     "quickstart": "parse",
     "fetch": "parse",
     "launch": "parse",
+    "guard": "parse",
+    "drill": "parse",
     "probe": "parse",
     "chat": "parse",
 }

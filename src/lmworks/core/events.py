@@ -22,6 +22,8 @@ class Events:
         self._journal = Journal(path)
         self._fixed = {"run": run, "rank": rank, "axes": axes or {}}
         self.step = 0
+        self.last = ""
+        """The name of the last event; empty before the first one."""
 
     def write(
         self,
@@ -34,6 +36,7 @@ class Events:
         **attrs: Any,
     ) -> None:
         """Write one event; without times it is a point in time, now."""
+        self.last = name
         now = time.time()
         begun = now if start is None else start
         times = {"start": begun, "end": begun if end is None and start is None else (end or now)}
