@@ -50,6 +50,7 @@ FOLDERS = (
     "prove",
     "board",
     "mix",
+    "guard",
 )
 
 

@@ -34,6 +34,8 @@ class Events:
         self._clock = clock
         self._fixed = {"run": run, "rank": rank, "axes": axes or {}}
         self.step = 0
+        self.last = ""
+        """The name of the last event; empty before the first one."""
 
     def write(
         self,
@@ -46,6 +48,7 @@ class Events:
         **attrs: Any,
     ) -> None:
         """Write one event; without times it is a point in time, now."""
+        self.last = name
         now = self._clock()
         begun = now if start is None else start
         times = {"start": begun, "end": begun if end is None and start is None else (end or now)}

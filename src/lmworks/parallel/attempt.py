@@ -44,6 +44,8 @@ class Seats:
     restart: int = 0
     restarts: int = 0
     """Which of how many restarts this is."""
+    sharing: int | None = None
+    """Ranks that share the cores, where they are more than those that are started here."""
     threads: int | None = None
     """Threads of a rank. None: OMP_NUM_THREADS as the person set it, otherwise the cores shared out."""
     more: Mapping[str, str] = field(default_factory=dict)
@@ -185,7 +187,7 @@ def _dies_with_us() -> Callable[[], None] | None:
 def _environment(folder: Path, seats: Seats, rank: int) -> dict[str, str]:
     """What torchrun sets, and where errors are written."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shared = str(max(1, cores // seats.here))
+    shared = str(max(1, cores // (seats.sharing or seats.here)))
     names = {
         "RANK": rank,
         "LOCAL_RANK": rank - seats.first,

@@ -19,6 +19,7 @@ from lmworks.parallel import failure, feedback, restore, spread, world
 from lmworks.parallel.footprint import Footprint, in_words, listed, measured
 from lmworks.parallel.gather import gather
 from lmworks.parallel.layout import Layout
+from lmworks.parallel.pulse import Pulse
 from lmworks.parallel.wire import Wire
 from lmworks.train import save
 from lmworks.train.build import Built, build, settle
@@ -54,8 +55,8 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
     device = world.device_of(recipe.device, place)
     assert isinstance(recipe.layout, Layout), "settle leaves a layout"
     place = world.seated(place, recipe.layout)
-    with world.connected(place, device):
-        wire = world.wire(recipe.layout, place)
+    with Pulse() as pulse, world.connected(place, device):
+        wire = pulse.on(world.wire(recipe.layout, place))
         path = Path(wire.told(str(fresh(path) if resume == "never" else path)))
         folder = RunFolder(path)
         alone = folder.alone() if place.first else nullcontext()
@@ -76,6 +77,7 @@ def run(recipe: Train, path: Path, *, resume: str, report: Reporter) -> RunFolde
                 write_shape(folder.path, built.placement.chunks[0].config)
             wire.wait()
             records = Records(built, folder, report, began=began)
+            pulse.events = records.events
             try:
                 Loop(built, records, folder, meter, parent=checkpoint).run(stored, stop)
             finally:
