@@ -133,8 +133,8 @@ class Tracer:
                 error.add_note(f"where each rank stood is in {path.parent}: lmworks trace {self._folder.path} --hang")
 
     def close(self, *, together: bool) -> None:
-        """Write what is left. `together`: all ranks are here, so that clocks are held against each other once more. Where
-        they are not, something went wrong, and a GPU may not be asked any more."""
+        """Write what is left. `together`: all ranks are here, so that clocks are held against each other once more.
+        Where they are not, something went wrong, and a GPU may not be asked any more."""
         if not together and self._spans.clock.behind:
             self._waiting.clear()
         while self._waiting:
