@@ -1,6 +1,6 @@
 """What tracing costs, and whether the heat map names a slow rank: 1 and 4 gloo ranks of this machine.
 
-Cost: steps that do nothing but record 50 spans, traced and not, in turns; every tenth has its spans written one by one.
+Cost: steps that do nothing but record 50 spans, traced and not, in turns; every fiftieth writes its spans one by one.
 The difference a step is held against a training step of the quickstart's size. Slow rank: in each run one of four ranks
 takes 1.5 times as long for its passes (it sleeps), another one each time; 30 steps; every fifth run has none.
 

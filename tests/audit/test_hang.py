@@ -46,7 +46,7 @@ def record(
         "doing": [],
         "reason": "SIGUSR2",
         "entries": entries + (more or []),
-        "counts": sent or [],
+        "counts": [{"axis": a, "operation": "", "peer": None, "number": n} for a, n in counts.items()] + (sent or []),
         "stacks": {"MainThread": [f"frame {i}" for i in range(40)]},
     }
 
@@ -114,6 +114,14 @@ def test_a_message_waits_for_its_sender_only_while_it_is_not_sent(tmp_path: Path
     assert [(wait.rank, wait.on, wait.exchange) for wait in found.waits] == [(1, 0, "pp receive 4")]
     came = record(1, 2, {}, {}, more=[message("receive", 0, 3, None)])
     assert read(tmp_path / "b", record(0, 2, {}, {}, sent=sent), came).waits == []
+
+
+def test_an_exchange_too_long_ago_to_be_kept_was_made(tmp_path: Path) -> None:
+    group = {"world": [0, 1], "fsdp": [0, 1]}
+    old = record(1, 2, group, {"world": 5, "fsdp": 299})
+    old["entries"] = [entry for entry in old["entries"] if entry["axis"] == "fsdp"]
+    found = read(tmp_path / "a", record(0, 2, group, {"world": 5, "fsdp": 300}, open_on="fsdp"), old)
+    assert [(wait.rank, wait.on, wait.exchange) for wait in found.waits] == [(0, 1, "fsdp all-reduce 300")]
 
 
 def test_ranks_that_make_different_exchanges_are_told(tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def test_alerts_are_posted_without_their_batch_and_failures_become_a_line(server
     assert heard["rule"] == "x"
     assert "batch" not in heard
     second = watcher.look(StepRecord(step=2, tokens=0, loss=1.0, grad_norm=1.0, lr=1e-3, seconds=0.1), probe())
-    assert second is not None
-    assert second.reason == "an alert was not posted: 127.0.0.1 answered 500"
+    told = first.reason + ("" if second is None else second.reason)  # an answer may come at once
+    assert told.count("an alert was not posted: 127.0.0.1 answered 500") == 1
 
 
 @pytest.mark.parametrize(

@@ -102,14 +102,13 @@ def _waits(found: Mapping[int, dict[str, Any]]) -> tuple[list[Waits], list[str]]
         for axis, members in record["groups"].items():
             groups[axis, tuple(members)] = None
     for axis, members in groups:
-        top, last = _last(found, axis, members)
-        late = [rank for rank, entry in last.items() if entry is None or entry["number"] < top]
-        differ |= dict.fromkeys(
-            _different(axis, [entry for entry in last.values() if entry and entry["number"] == top])
-        )
-        for rank in members:
-            entry = last[rank]
-            if entry is not None and entry["number"] == top and _in(entry, found[rank]):
+        numbers = {rank: _number(found.get(rank), axis) for rank in members}
+        top = max(numbers.values())
+        late = [rank for rank, number in numbers.items() if number < top]
+        there = {rank: entry for rank in members if (entry := _entry(found.get(rank), axis, top)) is not None}
+        differ |= dict.fromkeys(_different(axis, list(there.values())))
+        for rank, entry in there.items():
+            if _in(entry, found[rank]):
                 waits += [_wait(rank, other, entry) for other in late]
     for rank, record in found.items():
         waits += _messages(rank, record, found)
@@ -121,16 +120,20 @@ def _in(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     return entry["left"] is None or all(other["left"] is not None for other in record["entries"])
 
 
-def _last(
-    found: Mapping[int, dict[str, Any]], axis: str, members: Sequence[int]
-) -> tuple[int, dict[int, dict[str, Any] | None]]:
-    """The highest number that anyone of a group has reached, and the last exchange of each; None where it had none."""
-    last: dict[int, dict[str, Any] | None] = dict.fromkeys(members)
-    for rank in members:
-        for entry in found.get(rank, {}).get("entries", ()):
-            if entry["axis"] == axis and entry["peer"] is None:
-                last[rank] = entry
-    return max((entry["number"] for entry in last.values() if entry), default=0), last
+def _number(record: Mapping[str, Any] | None, axis: str) -> int:
+    """How many exchanges of a whole axis a rank has made; -1 where it left no record."""
+    if record is None:
+        return -1
+    counts = (count["number"] for count in record["counts"] if count["axis"] == axis and count["peer"] is None)
+    return next(counts, 0)
+
+
+def _entry(record: Mapping[str, Any] | None, axis: str, number: int) -> dict[str, Any] | None:
+    """An exchange of a whole axis; None where the rank has not come to it, or where it is too long ago."""
+    for entry in () if record is None else record["entries"]:
+        if (entry["axis"], entry["number"], entry["peer"]) == (axis, number, None):
+            return dict(entry)
+    return None
 
 
 def _different(axis: str, entries: Sequence[dict[str, Any]]) -> list[str]:

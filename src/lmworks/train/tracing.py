@@ -1,6 +1,6 @@
 """How a run tells where its time goes: spans of each step, clocks of ranks held against each other, flight records.
 
-Every step leaves one event, `sums`: calls, seconds and bytes by name. Every tenth leaves its spans one by one as well.
+Every step leaves one event, `sums`: calls, seconds and bytes by name. Some leave their spans one by one as well.
 `lmworks trace` reads them.
 """
 
@@ -26,6 +26,8 @@ from lmworks.parallel.flight import Recorder
 from lmworks.parallel.layout import AXES
 from lmworks.parallel.wire import Wire
 
+EARLY = 3
+"""This step of each attempt has its spans written: what is made once is behind it."""
 ALIGN_EVERY = 500
 """Steps between two comparisons of the ranks' clocks."""
 
@@ -36,8 +38,8 @@ class Tracing:
 
     on: bool = True
     """Record spans. Flight records are kept either way."""
-    every: NonNegativeInt = 10
-    """Steps between two steps whose spans are written one by one; 0: none, sums only."""
+    every: NonNegativeInt = 50
+    """Steps between two steps whose spans are written one by one, as those of an attempt's third step are; 0: none."""
     patience: PositiveFloat = 300.0
     """Seconds without any movement after which a rank writes its flight record, and asks the others for theirs."""
     collect_every: PositiveInt | None = None
@@ -77,11 +79,11 @@ class Tracer:
         """Not yet read: on a GPU a step's spans are read a step later, when nothing waits for them."""
         self._stack = ExitStack()
         self._recorder: Recorder | None = None
-        self._step = 0
+        self._step = self._began = 0
 
     def begin(self, step: int) -> None:
         """The first step is about to run; all ranks are here. `step`: the one that this attempt goes on from."""
-        self._step = step
+        self._step = self._began = step
         if self._device.type == "cuda":
             self._spans.clock = clock_of(self._device)
         self._spans.on = self._settings.on
@@ -109,7 +111,8 @@ class Tracer:
         self._wire.flight.touch()
         if number % ALIGN_EVERY == 0:
             self._align()
-        traced = self._settings.every > 0 and number % self._settings.every == 0
+        every = self._settings.every
+        traced = every > 0 and (number % every == 0 or number == self._began + EARLY)
         between = self._spans.take()  # a validation's, for one: they are in no step's sums
         yield
         if self._spans.on:
@@ -130,7 +133,10 @@ class Tracer:
                 error.add_note(f"where each rank stood is in {path.parent}: lmworks trace {self._folder.path} --hang")
 
     def close(self, *, together: bool) -> None:
-        """Write what is left. `together`: all ranks are here, so that clocks are held against each other once more."""
+        """Write what is left. `together`: all ranks are here, so that clocks are held against each other once more.
+        Where they are not, something went wrong, and a GPU may not be asked any more."""
+        if not together and self._spans.clock.behind:
+            self._waiting.clear()
         while self._waiting:
             self._write(self._waiting.popleft())
         if together:
