@@ -113,7 +113,8 @@ class Layout(Arrangement):
     """Stages that each rank of the pipeline holds. Left out: 1; 2 where the schedule has several."""
     sends: Literal["in-turn", "early"] = "in-turn"
     """How stages hand on micro-batches. 'in-turn': a rank waits for what it sends, and asks for what comes when it is
-    needed. 'early': all receives stand from the start of a step, and nobody waits for a send. Needs gpipe or 1f1b."""
+    needed. 'early': all receives stand from the start of a step, and no send is waited for before its end, as long as
+    which it stays in memory. Needs gpipe or 1f1b."""
     split: tuple[PositiveInt, ...] | None = None
     """Blocks of each stage, in order. Left out: the split whose dearest stage is cheapest, head counted."""
     machines: tuple[str, ...] | None = None

@@ -107,11 +107,8 @@ class _Columns(torch.autograd.Function):
         wire, slices, divided = ctx.how
         x, *weights = ctx.saved_tensors
         dweights = [torch.zeros_like(weight, dtype=accumulate_dtype(weight)) for weight in weights]
-        if divided:
-            shape = (x.shape[2], slices, x.shape[3], x.shape[4])
-            dx_BstI = x.new_empty(shape)
-        else:
-            dx_BTI = torch.empty_like(x)
+        # own tokens; x is (s, n, B, t, I) where they are divided
+        dx_BTI = x.new_empty(x.shape[2], slices * x.shape[3], x.shape[4]) if divided else torch.empty_like(x)
         held: list[tuple[Tensor, Tensor, Running]] = []
         for i in range(slices):
             mine = [_slice(grad, wire, slices, i).contiguous() if divided else _part(grad, slices, i) for grad in grads]
@@ -127,12 +124,8 @@ class _Columns(torch.autograd.Function):
                 dweight += _gradient(dout, rows)
         for i, (found, _, running) in enumerate(held):
             running.wait()
-            if divided:
-                dx_BstI[:, i] = found
-            else:
-                _part(dx_BTI, slices, i).copy_(found)
-        dx = dx_BstI.flatten(1, 2) if divided else dx_BTI
-        return (dx, None, None, None, *(d.to(x.dtype) for d in dweights))
+            _part(dx_BTI, slices, i).copy_(found)
+        return (dx_BTI, None, None, None, *(d.to(x.dtype) for d in dweights))
 
 
 class _Reader(torch.autograd.Function):
