@@ -207,9 +207,9 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a training run lives here: it has a recipe, and rows or a record."""
+    """Whether a training run lives here: it has a recipe, and rows or room for checkpoints."""
     run = RunFolder(folder)
-    return run.exists() and (run.metrics.is_file() or run.record.is_file()) and run.checkpoints.is_dir()
+    return run.exists() and (run.metrics.is_file() or run.checkpoints.is_dir())
 
 
 def _lock(path: Path) -> Path:
