@@ -220,8 +220,10 @@ class System:
         }
 
     def timeline(self, steps: int) -> dict[str, Any]:
-        """The spans of the last `steps` steps, in seconds since the first of them, on the first rank's clock: (lane, name,
-        step, start, end, depth); the depth counts the spans of its lane that it lies in."""
+        """The spans of the last `steps` steps, in seconds since the first of them, on the first rank's clock.
+
+        `spans`: (lane, name, step, start, end, depth); the depth counts the spans of its lane that it lies in.
+        """
         newest = max((span[2] for rank in self.ranks.values() for span in rank.recent), default=0)
         chosen = [
             (rank, stream, name, step, start + ours.offset, end + ours.offset)
