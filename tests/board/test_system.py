@@ -85,7 +85,51 @@ def test_spans_of_other_files_and_streams_are_lanes(tmp_path: Path) -> None:
     other.flush()
     found = looked(tmp_path).timeline(5)
     assert found["lanes"] == ["rank 0", "rank 0, network"]
-    assert found["spans"][-2][3:] == pytest.approx([0.2, 0.3], abs=1e-5)
+    assert found["spans"][-2][3:] == pytest.approx([0.2, 0.3, 0], abs=1e-5)
+
+
+def test_spans_nest_and_clocks_are_brought_together(tmp_path: Path) -> None:
+    at = folders.BEGAN
+    for rank, skew in ((0, 0.0), (1, 7.0)):
+        place = tmp_path / "ranks" / f"{rank:05d}"
+        place.mkdir(parents=True)
+        events = folders.Events(place / "events.jsonl", run="toy", rank=rank)
+        events.write("clock", start=at, end=at, offset=-skew, error=1e-4)
+        for name, start, end in (("loss", 1.2, 1.3), ("forward", 1.0, 1.5), ("step", 1.0, 2.0), ("backward", 1.5, 1.9)):
+            events.write(name, start=at + skew + start, end=at + skew + end)
+        events.flush()
+    found = looked(tmp_path).timeline(5)
+    shown = {(lane, found["names"][name]): (start, end, depth) for lane, name, _, start, end, depth in found["spans"]}
+    for lane in (0, 1):
+        assert shown[lane, "step"] == pytest.approx((0.0, 1.0, 0))
+        assert shown[lane, "forward"] == pytest.approx((0.0, 0.5, 1))
+        assert shown[lane, "loss"] == pytest.approx((0.2, 0.3, 2))
+        assert shown[lane, "backward"] == pytest.approx((0.5, 0.9, 1))
+
+
+def test_sums_of_steps_are_taken_where_they_are_told(tmp_path: Path) -> None:
+    events = folders.events(tmp_path / "events.jsonl", range(1, 4))
+    for step in range(1, 4):
+        events.step = step
+        told = {"forward": [4, 0.25 * step, 0, False], "bad": ["x"], "worse": None, "worst": [1, "x"]}
+        events.write("sums", start=folders.BEGAN, end=folders.BEGAN + 1, stream="sums", spans=told)
+    events.step = 3
+    events.write("forward", start=folders.BEGAN + 1, end=folders.BEGAN + 9)
+    events.flush()
+    system = looked(tmp_path)
+    assert [cell[2] for cell in system.heat("forward")["cells"]] == [0.25, 0.5, 0.75]
+    assert set(system.names()) == {"step", "save", "forward"}
+    assert system.timeline(5)["lanes"] == ["rank 0"]
+
+
+def test_names_without_end_do_no_harm(tmp_path: Path) -> None:
+    events = folders.events(tmp_path / "events.jsonl", range(1, 4))
+    for i in range(200):
+        events.write(f"name {i}", start=folders.BEGAN, end=folders.BEGAN + 1)
+    events.flush()
+    system = looked(tmp_path)
+    assert len(system.names()) == 64
+    assert len(system.timeline(5)["names"]) == 202
 
 
 @pytest.mark.parametrize(

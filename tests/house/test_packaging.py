@@ -47,5 +47,6 @@ def test_the_wheel_carries_recipes_types_and_licence(tmp_path: Path) -> None:
     assert recipes
     assert recipes <= names
     assert {"lmworks/py.typed", "lmworks/cli/app.py", "lmworks/core/energy/figures/grids.toml"} <= names
+    assert {f"lmworks/board/static/{name}" for name in ("index.html", "vendor.js", "LICENSES.txt")} <= names
     assert any(name.endswith("LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)

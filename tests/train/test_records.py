@@ -38,6 +38,26 @@ def test_going_back_in_the_same_folder_leaves_no_stale_checkpoint(text: Path, ca
     assert toy.learned(folder) == losses
 
 
+def test_events_say_how_an_attempt_ended(text: Path, cache: Path, tmp_path: Path) -> None:
+    class Broken(toy.Silent):
+        """Fails at a row."""
+
+        def row(self, row: dict[str, Any]) -> None:
+            if row["step"] == 5:
+                raise ValueError("the fifth row")
+
+    made, path = toy.recipe(text, cache), tmp_path / "run"
+    toy.stopped(made, path, 3)
+    with pytest.raises(ValueError, match="the fifth row"):
+        run(made, path, resume="auto", report=Broken())
+    toy.train(made, path)
+    ends = [event for event in rows(path / "events.jsonl") if event["name"] in ("stopped", "failed")]
+    assert [(event["name"], event["attrs"]["reason"]) for event in ends] == [
+        ("stopped", "got SIGTERM"),
+        ("failed", "ValueError: the fifth row"),
+    ]
+
+
 def test_a_second_process_in_the_folder_is_refused(text: Path, cache: Path, tmp_path: Path) -> None:
     made = toy.recipe(text, cache, steps=2)
     refusals = []

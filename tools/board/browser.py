@@ -30,6 +30,7 @@ def board(*arguments: str | Path) -> Iterator[str]:
     """`lmworks board` with these arguments on a free port, and its address."""
     command = [sys.executable, "-m", "lmworks", "board", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None, "it was asked for"
     try:
         yield process.stdout.readline().strip()
     finally:

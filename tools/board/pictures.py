@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tools.board import browser
+import browser  # beside this script
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "board.png"
 PAGES = {

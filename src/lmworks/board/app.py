@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -37,6 +36,15 @@ from lmworks.board.runs import Run, Runs
 from lmworks.core.errors import LmworksError
 
 STATIC = Path(__file__).with_name("static")
+KINDS = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".json": "application/json",
+    ".txt": "text/plain",
+}
+"""What the page is made of. Not asked of the system, which may know other names, and browsers are told not to guess."""
 MOST_COMPARED = 12
 """Runs in one comparison."""
 MOST_STEPS = 10_000
@@ -52,7 +60,7 @@ class Board:
 
     def __init__(self, runs: Sequence[Path], evidence: Path | None = None) -> None:
         self.runs, self.ledger = Runs(runs), Ledger(evidence)
-        self._files = {path.name: path.read_bytes() for path in sorted(STATIC.iterdir()) if path.is_file()}
+        self._files = {path.name: path.read_bytes() for path in sorted(STATIC.iterdir()) if path.suffix in KINDS}
         self._reading, self._scoring = Lock(), Lock()
 
     def page(self, request: Request) -> Response:
@@ -64,8 +72,7 @@ class Board:
         name = request.path_params["name"]
         if name not in self._files:
             return _missing("no such file")
-        kind = mimetypes.guess_type(name)[0] or "text/plain"
-        return _answered(request, self._files[name], f"{kind}; charset=utf-8")
+        return _answered(request, self._files[name], f"{KINDS[Path(name).suffix]}; charset=utf-8")
 
     def all_runs(self, request: Request) -> Response:
         """Every run."""

@@ -122,6 +122,8 @@ def score(run: Run, cluster: str) -> dict[str, Any]:
         found = scores.score(run.path, chosen)
     except LmworksError as error:
         return {"error": str(error)}
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:  # files of a stranger
+        return {"error": f"this run cannot be planned: {type(error).__name__}: {error}"}
     told = scores.as_json(found, chosen, None)
     told["rows"] = scores.table_rows(found)
     return dict(plain(told))

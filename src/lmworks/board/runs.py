@@ -27,7 +27,7 @@ INSIDE = {"checkpoints", "ranks", "tokenizer", "tensorboard", "export", "logs", 
 """Folders in which no run lies."""
 MOST_RUNS = 2000
 LOOK_EVERY = 2.0
-"""Seconds between two looks for runs."""
+"""Seconds between two looks for runs; ten times as long as a look takes, where that is more."""
 POINTS = 60
 """Of the small curve in the list."""
 SILENT, SILENT_ELSEWHERE = 5.0, 60.0
@@ -164,14 +164,16 @@ class Runs:
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = [root.resolve() for root in roots]
         self._found: dict[str, Run] = {}
-        self._looked = float("-inf")
+        self._next = float("-inf")
 
     def all(self) -> list[Run]:
         """Every run there is now, by name."""
-        if time.monotonic() - self._looked >= LOOK_EVERY:
+        began = time.monotonic()
+        if began >= self._next:
             now = [Run(path, name) for path, name in self._search()]
             self._found = {run.id: self._found.get(run.id, run) for run in now}
-            self._looked = time.monotonic()
+            ended = time.monotonic()
+            self._next = ended + max(LOOK_EVERY, 10 * (ended - began))
         return sorted(self._found.values(), key=lambda run: run.name)
 
     def get(self, run_id: str) -> Run | None:
@@ -207,9 +209,9 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a training run lives here: it has a recipe, and rows or a record."""
+    """Whether a training run lives here: it has a recipe, and rows or room for checkpoints."""
     run = RunFolder(folder)
-    return run.exists() and (run.metrics.is_file() or run.record.is_file()) and run.checkpoints.is_dir()
+    return run.exists() and (run.metrics.is_file() or run.checkpoints.is_dir())
 
 
 def _lock(path: Path) -> Path:

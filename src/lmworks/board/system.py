@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmworks.board.reading import Tail, number, table_of, text
+from lmworks.board.reading import Tail, list_of, number, table_of, text
 
 KEPT = 20_000
 """Spans of a rank that the timeline can go back to."""
@@ -43,24 +43,43 @@ class Attempt:
     """Seconds of each step."""
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Seconds by step."""
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    seconds: array[float] = field(default_factory=lambda: array("d"))
+
+
 class Rank:
     """The spans of one rank."""
 
     def __init__(self) -> None:
         self.recent: deque[tuple[str, str, int, float, float]] = deque(maxlen=KEPT)
         """(stream, name, step, start, end) in seconds since the epoch."""
-        self.steps: dict[str, array[int]] = {}
-        self.seconds: dict[str, array[float]] = {}
+        self.lengths: dict[str, Lengths] = {}
+        """Of single spans, by name."""
+        self.sums: dict[str, Lengths] = {}
+        """Of all spans of a name in a step, where the run told them: not every span of every step is written."""
+        self.offset = 0.0
+        """Seconds that bring this rank's clock onto the first rank's, as measured last."""
 
     def add(self, stream: str, name: str, step: int, start: float, end: float) -> None:
         """Keep a span for the timeline, and its length for the heat map."""
         self.recent.append((stream, name, step, start, end))
-        if name not in self.steps:
-            if len(self.steps) >= NAMES:
-                return
-            self.steps[name], self.seconds[name] = array("q"), array("d")
-        self.steps[name].append(step)
-        self.seconds[name].append(end - start)
+        _add(self.lengths, name, step, end - start)
+
+    def add_sums(self, step: int, told: dict[str, Any]) -> None:
+        """Keep what a step took by name: name -> (calls, seconds, ...)."""
+        for name, facts in told.items():
+            values = list_of(facts)
+            seconds = number(values[1]) if len(values) > 1 else None
+            if seconds is not None:
+                _add(self.sums, text(name, 80), step, seconds)
+
+    def of(self, name: str) -> Lengths | None:
+        """Seconds of a name by step: of whole steps where they are known."""
+        return self.sums.get(name) or self.lengths.get(name)
 
 
 class System:
@@ -97,12 +116,18 @@ class System:
         if start is None or end is None or step is None or rank is None or not 0 <= rank < 1e6 or abs(step) > 2**62:
             return
         name, attrs, at = text(event.get("name"), 80), table_of(event.get("attrs")), int(rank)
-        if end > start:
-            ours = self.ranks.setdefault(at, Rank())
-            ours.add(text(event.get("stream"), 40), name, int(step), start, end)
+        if name == "sums":
+            self._rank(at).add_sums(int(step), table_of(attrs.get("spans")))
+        elif name == "clock":
+            self._rank(at).offset = number(attrs.get("offset")) or 0.0
+        elif end > start:
+            self._rank(at).add(text(event.get("stream"), 40), name, int(step), start, end)
         if at == 0:
             self._of_first(name, int(step), start, end)
         self._point(name, at, int(step), start, attrs, event)
+
+    def _rank(self, rank: int) -> Rank:
+        return self.ranks.setdefault(rank, Rank())
 
     def _of_first(self, name: str, step: int, start: float, end: float) -> None:
         if name == "start" or not self.attempts:
@@ -162,8 +187,8 @@ class System:
         """Kinds of spans, the most frequent first."""
         counts: dict[str, int] = {}
         for rank in self.ranks.values():
-            for name, steps in rank.steps.items():
-                counts[name] = counts.get(name, 0) + len(steps)
+            for name, found in [*rank.lengths.items(), *rank.sums.items()]:
+                counts[name] = counts.get(name, 0) + len(found.steps)
         return sorted(counts, key=lambda name: -counts[name])
 
     def heat(self, name: str) -> dict[str, Any]:
@@ -172,15 +197,15 @@ class System:
         `cells`: (bucket, place of the rank in `ranks`, seconds). `excess`: median over buckets of a rank's seconds over
         the median rank's, where there are several ranks.
         """
-        found = {rank: self.ranks[rank] for rank in sorted(self.ranks) if name in self.ranks[rank].steps}
+        found = {rank: spans for rank in sorted(self.ranks) if (spans := self.ranks[rank].of(name)) is not None}
         if not found:
             return {"ranks": [], "buckets": [], "cells": [], "excess": []}
-        steps = [step for rank in found.values() for step in (min(rank.steps[name]), max(rank.steps[name]))]
+        steps = [step for spans in found.values() for step in (min(spans.steps), max(spans.steps))]
         first, size = min(steps), max(1, -(-(max(steps) - min(steps) + 1) // BUCKETS))
         table: dict[int, dict[int, float]] = {}
         for rank, spans in found.items():
             sums: dict[int, list[float]] = {}
-            for step, seconds in zip(spans.steps[name], spans.seconds[name], strict=True):
+            for step, seconds in zip(spans.steps, spans.seconds, strict=True):
                 sums.setdefault((step - first) // size, []).append(seconds)
             table[rank] = {bucket: statistics.median(values) for bucket, values in sums.items()}
         buckets = sorted({bucket for row in table.values() for bucket in row})
@@ -195,27 +220,55 @@ class System:
         }
 
     def timeline(self, steps: int) -> dict[str, Any]:
-        """The spans of the last `steps` steps, in seconds since the first of them: (lane, name, step, start, end)."""
+        """The spans of the last `steps` steps, in seconds since the first of them, on the first rank's clock.
+
+        `spans`: (lane, name, step, start, end, depth); the depth counts the spans of its lane that it lies in.
+        """
         newest = max((span[2] for rank in self.ranks.values() for span in rank.recent), default=0)
         chosen = [
-            (rank, *span) for rank in sorted(self.ranks) for span in self.ranks[rank].recent if span[2] > newest - steps
+            (rank, stream, name, step, start + ours.offset, end + ours.offset)
+            for rank, ours in sorted(self.ranks.items())
+            for stream, name, step, start, end in ours.recent
+            if step > newest - steps
         ]
         left_out = max(0, len(chosen) - SHOWN)
-        chosen = sorted(chosen, key=lambda span: span[4])[left_out:]
+        chosen = sorted(chosen, key=lambda span: (span[4], -span[5]))[left_out:]
         lanes = sorted({(rank, stream) for rank, stream, *_ in chosen})
         there = {name for _, _, name, *_ in chosen}
-        names = [name for name in self.names() if name in there]
+        names = list(dict.fromkeys([name for name in self.names() if name in there] + sorted(there)))
         zero = min((span[4] for span in chosen), default=0.0)
         return {
             "zero": zero,
             "lanes": [f"rank {rank}" + (f", {stream}" if stream != "main" else "") for rank, stream in lanes],
             "names": names,
             "left_out": left_out,
-            "spans": [
+            "spans": _nested(
                 [lanes.index((rank, stream)), names.index(name), step, round(start - zero, 6), round(end - zero, 6)]
                 for rank, stream, name, step, start, end in chosen
-            ],
+            ),
         }
+
+
+def _nested(spans: Iterable[list[Any]]) -> list[list[Any]]:
+    """Spans in the order of their starts, each with how many of its lane it lies in."""
+    around: dict[int, list[float]] = {}
+    found = []
+    for lane, name, step, start, end in spans:
+        ends = around.setdefault(lane, [])
+        while ends and ends[-1] <= start:
+            ends.pop()
+        found.append([lane, name, step, start, end, len(ends)])
+        ends.append(end)
+    return found
+
+
+def _add(lengths: dict[str, Lengths], name: str, step: int, seconds: float) -> None:
+    if name not in lengths:
+        if len(lengths) >= NAMES:
+            return
+        lengths[name] = Lengths()
+    lengths[name].steps.append(step)
+    lengths[name].seconds.append(seconds)
 
 
 def _excess(table: dict[int, dict[int, float]]) -> list[float]:

@@ -34,9 +34,10 @@ function Add({ all, ids }) {
 
 function Differences({ runs, found }) {
   if (runs.length < 2) return html`<p class="empty">One run alone does not differ. Add another.</p>`;
-  return html`<section class="panel"><h2>${found.length ? `${found.length} setting${found.length > 1 ? "s" : ""} differ${found.length > 1 ? "" : "s"}` : "The same recipe"}</h2>
+  const many = found.length > 1;
+  return html`<details class="panel" open=${found.length <= 8}><summary><h2>${found.length ? `${found.length} setting${many ? "s" : ""} differ${many ? "" : "s"}` : "The same recipe"}</h2></summary>
     ${found.length > 0 && html`<${Table} label="Settings that differ" head=${["setting", ...runs.map((run) => run.name)]} rows=${found.map((one) => [html`<code>${one.path}</code>`, ...one.values.map((value) => html`<code class="value">${setting(value)}</code>`)])} />`}
-  </section>`;
+  </details>`;
 }
 
 // A hook for each run would need a fixed number of runs; so each run reads its own curves and hands them up.

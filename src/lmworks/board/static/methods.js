@@ -72,7 +72,7 @@ function Evidence({ found, open }) {
     <summary><b>${found.date}</b> ${found.summary} <span class="soft">${found.grade}, ${found.label}, commit ${found.commit}</span></summary>
     ${found.stale.length > 0 && html`<p class="doubt">Stale: changed since: ${found.stale.join(", ")}.</p>`}
     <ul class="findings">${found.findings.map((one) => html`<li><${Verdict} word=${one.word} /> <b>${one.claim}</b> <span>${one.test}</span><br />
-      <span class="soft">seen ${one.seen} (${one.interval}), bound ${one.bound}, could have seen ${one.could_see}. ${one.why}</span></li>`)}</ul>
+      <span class="soft">seen ${one.seen} (${one.interval}), bound ${one.bound}, could have seen ${one.could_see}: ${one.why}.</span></li>`)}</ul>
     ${series.length > 0 && html`<${Plot} series=${series} xlabel=${found.axis} ylabel=${found.metric} height=${300} label=${`${found.metric} over ${found.axis}, mean over seeds`} sync=${found.file} />`}
     <${Table} label="Arms" numeric=${[2, 3, 4, 5, 6]} head=${["arm", "tuned", "tuning runs", "steps", found.metric, "seconds", "peak MiB"]} rows=${found.arms.map((arm) => [arm.name, arm.tuned, arm.tried, arm.steps, arm.metric, arm.seconds, arm.memory])} />
     <p class="soft">${found.hardware?.processor ?? ""}${found.hardware?.gpu ? `, ${found.hardware.gpu}` : ""}, ${found.hardware?.cores ?? "?"} cores, ${bytes(found.hardware?.memory_bytes)}, ${found.hardware?.system ?? ""}; torch ${found.versions?.torch ?? "?"}; seeds ${(found.seeds ?? []).join(", ")}; <code>${(found.command ?? []).join(" ")}</code></p>

@@ -19,7 +19,7 @@ export const Loading = ({ error }) => (error ? html`<p class="empty" role="alert
 
 export const Select = ({ label, name, value, choices, first }) => html`
   <label class="control">${label}
-    <select value=${value} onChange=${(event) => ask({ [name]: event.target.value === first ? "" : event.target.value })}>
+    <select name=${name} value=${value} onChange=${(event) => ask({ [name]: event.target.value === first ? "" : event.target.value })}>
       ${choices.map(([key, word]) => html`<option value=${key} selected=${key === value}>${word}</option>`)}
     </select>
   </label>`;

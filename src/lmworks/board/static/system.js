@@ -84,7 +84,7 @@ function timeOptions(found, ink) {
   const shape = (params, api) => {
     const lane = api.value(0);
     const [start, end] = [api.coord([api.value(3), lane]), api.coord([api.value(4), lane])];
-    const high = Math.max(4, api.size([0, 1])[1] * 0.7);
+    const high = Math.max(4, api.size([0, 1])[1] * Math.max(0.25, 0.8 - 0.17 * api.value(5)));
     const area = params.coordSys;
     const left = Math.max(start[0], area.x);
     const right = Math.min(Math.max(end[0], start[0] + 1), area.x + area.width);
