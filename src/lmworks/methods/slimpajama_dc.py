@@ -74,7 +74,7 @@ It is a pure function of the step, so a resumed run goes on with it. metrics.jso
   source counts alike. Training loss does not rank them: a mixture of easy text has a low one.
 - `most_epochs = 4` for real runs: small sources in a fixed mixture are soon read many times.
 - PTWD was made for large batches, in which weight decay acts seldom. With small ones compare it with `cosine` first.
-- With a validation of its own, `prefer` keeps the copies of the source that is worth most.
+- `prefer` names sources whose copies are kept before others', those that are worth most first.
 
 ## Differences
 
