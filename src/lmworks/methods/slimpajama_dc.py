@@ -92,7 +92,7 @@ It is a pure function of the step, so a resumed run goes on with it. metrics.jso
 
 ## Limits
 
-- The paper's models (1.3B and 7B parameters, 330B tokens) are beyond the proof: about a million parameters, bytes.
+- The paper's models (1.3B and 7B parameters, 330B tokens) are beyond the proof: a third of a million parameters, bytes.
 - dc-1 to dc-7 need readers called by the sources' names; the corpora are not brought along.
 - 13-grams of characters see copies, not paraphrases: `key.use = "embedding"` does.
 - PTWD multiplies the weight decay of what is decayed at all; an optimizer without any is refused.
