@@ -12,7 +12,7 @@ from typing import Any, final
 from lmworks.core import files
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import DataError, Problem, RecipeError, did_you_mean
-from lmworks.data.cache import MANIFEST, cache_folder, locked
+from lmworks.data.cache import MANIFEST, cache_folder, locked, speaking
 from lmworks.data.code import code_id
 from lmworks.data.fingerprint import digest, scan
 from lmworks.data.read import Progress, Reader, SourceFile
@@ -75,7 +75,8 @@ class Cleaned(Reader):
     def ready(self, progress: Progress | None = None) -> None:
         """Run the recipe as far as it is not done. Raises DataError when nothing is left of a source."""
         folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with speaking(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
         def waiting() -> None:
             if progress is not None:
