@@ -124,6 +124,15 @@ def test_what_is_not_there_is_told(recipe: Path, tmp_path: Path) -> None:
     assert caught.value.legal == "side = train, validation"
 
 
+def test_recipes_that_read_each_other_are_told(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.toml", tmp_path / "two.toml"]
+    for path, other in zip(paths, paths[::-1], strict=True):
+        reader = {"use": "cleaned", "name": "a", "recipe": str(other), "source": "a"}
+        path.write_text(tomli_w.dumps({"do": "data", "readers": [reader], "stages": ["repair"]}))
+    (problem,) = Cleaned(recipe=str(paths[0]), source="a").check(None)
+    assert problem.text == f"is read to make itself: {paths[0]} > {paths[1]} > {paths[0]}"
+
+
 def test_a_source_of_which_nothing_is_left_is_told_before_training(recipe: Path) -> None:
     short = Cleaned(recipe=str(recipe), source="a", set={"stages.1": {"use": "length", "least": 10**6}}, side="all")
     with pytest.raises(DataError, match="nothing is left of the source 'a': 'length' dropped its last documents"):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmworks.core import recipe as recipes
-from lmworks.core.errors import RecipeError
+from lmworks.core.errors import DataError, RecipeError
 from lmworks.core.journal import rows
 from lmworks.core.papers import METHODS
 from lmworks.data.dedup import Dedup
@@ -49,7 +49,7 @@ def test_the_preset_has_the_published_numbers() -> None:
 
 def test_the_table_of_mixtures_on_the_page_is_the_files() -> None:
     table = [line for line in page(METHODS["slimpajama-dc"]).splitlines() if line.startswith("| ")]
-    start = next(i for i, line in enumerate(table) if "DC-1" in line)
+    start = next(i for i, line in enumerate(table) if line.startswith("| source | DC-1"))
     found: dict[str, dict[str, float]] = {name: {} for name in shipped()}
     for line in table[start + 1 : start + 9]:
         source, *cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -118,6 +118,45 @@ def test_no_text_is_on_two_sides(tmp_path: Path) -> None:
     assert not sides[0] & sides[1]
     assert not sides[0] & sides[2]
     assert not sides[1] & sides[2]
+
+
+# --- mixtures and hold-outs in a run
+
+
+def sources(folder: Path) -> dict[str, dict[str, Any]]:
+    """A reader of each of two sources."""
+    found = {}
+    for seed, name in enumerate(("github", "commoncrawl")):
+        path = write_jsonl(folder / f"{name}.jsonl", texts(30, seed=seed))
+        found[name] = {"use": "jsonl", "name": name, "paths": [str(path)]}
+    return found
+
+
+def test_a_run_is_validated_source_by_source_on_documents_that_it_never_sees(
+    text: Path, cache: Path, tmp_path: Path
+) -> None:
+    known = sources(tmp_path)
+    data = {"tokenizer": "bytes", "sequence_length": 32, "validation": 0, "cache": str(cache)}
+    data |= {"readers": [known["github"]], "held_out": list(known.values())}
+    with pytest.raises(DataError, match="all 30 documents of 'github' equal held-out ones"):
+        toy.train(toy.recipe(text, cache, data=data), tmp_path / "none")
+    known["github"] = {**known["github"], "paths": [str(write_jsonl(tmp_path / "new.jsonl", texts(9, seed=8)))]}
+    data["held_out"] = list(known.values())
+    folder, _ = toy.train(toy.recipe(text, cache, data=data), tmp_path / "run")
+    (found,) = [row for row in rows(folder.metrics) if "val_loss" in row]
+    each = [found[f"val_loss/{name}"] for name in known]
+    assert found["val_loss/mean"] == pytest.approx(sum(each) / 2)
+    assert each[0] != each[1]
+
+
+def test_a_run_that_would_read_a_source_too_often_is_refused_before_its_first_step(
+    text: Path, cache: Path, tmp_path: Path
+) -> None:
+    data = {"tokenizer": "bytes", "sequence_length": 32, "validation": 0, "cache": str(cache), "most_epochs": 0.1}
+    data |= {"readers": list(sources(tmp_path).values()), "mixture": "dc-2"}
+    with pytest.raises(DataError, match=r"would read 'commoncrawl' 0\.\d+ times, and most_epochs is 0\.1"):
+        toy.train(toy.recipe(text, cache, data=data), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # --- weight decay in phases

@@ -12,7 +12,7 @@ from typing import Any, final
 from lmworks.core import files
 from lmworks.core import recipe as recipes
 from lmworks.core.errors import DataError, Problem, RecipeError, did_you_mean
-from lmworks.data.cache import MANIFEST, cache_folder, locked
+from lmworks.data.cache import MANIFEST, cache_folder, locked, speaking
 from lmworks.data.code import code_id
 from lmworks.data.fingerprint import digest, scan
 from lmworks.data.read import Progress, Reader, SourceFile
@@ -41,8 +41,12 @@ class Cleaned(Reader):
     """Dotted settings written over the recipe, as in { "stages.2.scope" = "per-source" }."""
 
     def check(self, recipe: Any) -> Iterator[Problem]:
-        """A recipe that cannot be read, or that has no such source."""
+        """A recipe that cannot be read, that reads itself, or that has no such source."""
         try:
+            circle = _circle(self.recipe)
+            if circle is not None:
+                yield Problem(path="recipe", text=f"is read to make itself: {' > '.join(circle)}")
+                return
             decoded = self.decoded
         except RecipeError as error:
             yield Problem(path="recipe", text=str(error))
@@ -71,7 +75,8 @@ class Cleaned(Reader):
     def ready(self, progress: Progress | None = None) -> None:
         """Run the recipe as far as it is not done. Raises DataError when nothing is left of a source."""
         folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with speaking(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
         def waiting() -> None:
             if progress is not None:
@@ -147,6 +152,23 @@ class _Told:
         self._done += event != "started"
         if self._progress is not None:
             self._progress(stage=f"{self._name}: {self._round}", done=self._done, total=self._jobs, unit="jobs")
+
+
+def _circle(name: str, above: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """Data recipes that read what each other leaves until the first comes again; None where none does."""
+    if name in above:
+        return (*above, name)
+    inner = _named(recipes.read(recipes.find(name, "data")))
+    return next((circle for one in inner if (circle := _circle(one, (*above, name))) is not None), None)
+
+
+def _named(value: Any) -> Iterator[str]:
+    """The recipes that the readers in a table name, however deep."""
+    if isinstance(value, dict) and value.get("use") == "cleaned" and isinstance(value.get("recipe"), str):
+        yield value["recipe"]
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in below:
+        yield from _named(item)
 
 
 def _state(decoded: Data, progress: Progress | None) -> str:

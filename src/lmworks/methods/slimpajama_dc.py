@@ -74,7 +74,7 @@ It is a pure function of the step, so a resumed run goes on with it. metrics.jso
   source counts alike. Training loss does not rank them: a mixture of easy text has a low one.
 - `most_epochs = 4` for real runs: small sources in a fixed mixture are soon read many times.
 - PTWD was made for large batches, in which weight decay acts seldom. With small ones compare it with `cosine` first.
-- With a validation of its own, `prefer` keeps the copies of the source that is worth most.
+- `prefer` names sources whose copies are kept before others', those that are worth most first.
 
 ## Differences
 
@@ -92,7 +92,7 @@ It is a pure function of the step, so a resumed run goes on with it. metrics.jso
 
 ## Limits
 
-- The paper's models (1.3B and 7B parameters, 330B tokens) are beyond the proof: about a million parameters, bytes.
+- The paper's models (1.3B and 7B parameters, 330B tokens) are beyond the proof: a third of a million parameters, bytes.
 - dc-1 to dc-7 need readers called by the sources' names; the corpora are not brought along.
 - 13-grams of characters see copies, not paraphrases: `key.use = "embedding"` does.
 - PTWD multiplies the weight decay of what is decayed at all; an optimizer without any is refused.
