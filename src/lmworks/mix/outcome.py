@@ -68,8 +68,8 @@ def _verify(mix: Mix, swarm: Swarm, table: RunTable, advice: Recommendation) -> 
 
 
 def after_verification(advice: Recommendation, verified: Content | None) -> Recommendation:
-    """The recommendation in the light of runs of the target's size: what was better there is told, and taken where it is
-    better by more than two standard deviations of seeds."""
+    """The recommendation in the light of runs of the target's size: what was better there is told, and taken where it
+    is better by more than two standard deviations of seeds."""
     mixtures = verified["mixtures"] if verified is not None else {}
     if verified is None or "chosen" not in mixtures or mixtures["chosen"]["failed"]:
         text = "no run of the target's size shows what it is worth: it is unverified (recipe: verify.mixtures)"
