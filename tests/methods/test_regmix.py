@@ -17,7 +17,7 @@ from lmworks.core.errors import RecipeError, UsageError
 from lmworks.methods.regmix import RegMix
 from lmworks.mix import outcome, tables
 from lmworks.mix.apply import predict
-from lmworks.mix.asking import drive
+from lmworks.mix.asking import Recommendation, drive
 from lmworks.mix.problem import MixtureProblem
 from lmworks.mix.runs import Run, RunTable, Trial
 from lmworks.mix.swarm import Swarm
@@ -238,6 +238,27 @@ def test_values_are_held_against_seeds() -> None:
     lost = outcome.judged({"chosen": [1.0, float("nan")], "natural": [2.0, 2.0]}, mixtures)
     assert lost["mixtures"]["chosen"]["failed"] == 1
     assert lost["chosen_is_less_by"] == {"natural": None}
+
+
+def verified(**means: float) -> dict[str, Any]:
+    """Of verification runs with a seed noise of 0.01."""
+    values = {name: [mean - 0.01, mean, mean + 0.01] for name, mean in means.items()}
+    return outcome.judged(values, {name: (0.5, 0.5) if name == "chosen" else (0.25, 0.75) for name in means})
+
+
+def test_the_target_size_has_the_last_word() -> None:
+    advice = Recommendation(mixture=(0.5, 0.5), rule="mean", predicted=1.0, sd=0.1)
+    kept = outcome.after_verification(advice, verified(chosen=1.0, natural=1.5))
+    assert kept.verified
+    assert (kept.mixture, kept.warnings) == ((0.5, 0.5), ())
+    close = outcome.after_verification(advice, verified(chosen=1.0, natural=0.99))
+    assert close.mixture == (0.5, 0.5)
+    assert close.warnings == ("at the target's size 'natural' was better, by 0.01",)
+    taken = outcome.after_verification(advice, verified(chosen=1.0, natural=0.9))
+    assert taken.mixture == (0.25, 0.75)
+    assert taken.rule.startswith("the natural mixture, which was better at the target's size")
+    for nothing in (None, verified(natural=1.0), verified(chosen=float("nan"), natural=1.0)):
+        assert "unverified" in outcome.after_verification(advice, nothing).warnings[-1]
 
 
 # --- published tables -------------------------------------------------------------------------------------------------

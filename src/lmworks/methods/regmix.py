@@ -40,7 +40,7 @@ the least predicted loss, its spread, what each source is worth, and what speaks
    the target differs between mixtures by less than twice what it does between seeds, or where nothing is predicted to
    be better, the answer is the natural mixture.
 6. *Verify*, where the recipe says so: chosen, natural, uniform and worst at the target's size, the same seeds for each.
-   These runs are in the ledger as well.
+   These runs are in the ledger as well, and have the last word.
 
 What it stands on is that the *order* of mixtures is the same for small and large models; losses themselves need not be.
 

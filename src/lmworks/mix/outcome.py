@@ -32,11 +32,7 @@ def run(mix: Mix, swarm: Swarm) -> Content:
     swarm.keep(table)
     verified = _verify(mix, swarm, table, advice)
     swarm.keep(table)
-    if verified and "chosen" in verified["mixtures"]:
-        advice = dataclasses.replace(advice, verified=verified["mixtures"]["chosen"]["failed"] == 0)
-    if not advice.verified:
-        text = "no run of the target's size was made with it: it is unverified (recipe: verify.mixtures)"
-        advice = dataclasses.replace(advice, warnings=(*advice.warnings, text))
+    advice = after_verification(advice, verified)
     content = content_of(mix, table, advice, verified)
     files.write_json(swarm.folder / "mix.json", content)
     recipe = recipes.decode(swarm.recipe(advice.mixture), verb="train", source="the mixture's recipe")
@@ -69,6 +65,24 @@ def _verify(mix: Mix, swarm: Swarm, table: RunTable, advice: Recommendation) -> 
         table.tell(run)
     values = {name: [_value(table, asked[name, seed]) for seed in mix.verify.seeds] for name in mixtures}
     return judged(values, mixtures)
+
+
+def after_verification(advice: Recommendation, verified: Content | None) -> Recommendation:
+    """The recommendation in the light of runs of the target's size: what was better there is told, and taken where it
+    is better by more than two standard deviations of seeds."""
+    mixtures = verified["mixtures"] if verified is not None else {}
+    if verified is None or "chosen" not in mixtures or mixtures["chosen"]["failed"]:
+        text = "no run of the target's size shows what it is worth: it is unverified (recipe: verify.mixtures)"
+        return dataclasses.replace(advice, warnings=(*advice.warnings, text))
+    less = {name: value for name, value in verified["chosen_is_less_by"].items() if value is not None and value < 0}
+    told = [f"at the target's size '{name}' was better, by {-value:.3g}" for name, value in less.items()]
+    advice = dataclasses.replace(advice, verified=True, warnings=(*advice.warnings, *told))
+    noise, best = verified["seed_sd"], min(less, key=lambda name: less[name], default=None)
+    if best is None or noise is None or -less[best] <= 2 * noise:
+        return advice
+    rule = f"the {best} mixture, which was better at the target's size than the {advice.rule}"
+    share = tuple(mixtures[best]["mixture"])
+    return dataclasses.replace(advice, mixture=share, rule=rule, spread=(), gain=None, predicted=None, sd=None)
 
 
 def _value(table: RunTable, trial: Trial) -> float:
