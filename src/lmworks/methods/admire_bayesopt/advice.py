@@ -117,8 +117,6 @@ def _spread(round_: Round) -> tuple[tuple[float, float], ...]:
 
 def _warnings(round_: Round, mixture: Mixture) -> Iterator[str]:
     problem, evidence = round_.problem, round_.evidence
-    if not round_.verified(mixture):
-        yield f"unverified: no run of '{problem.top.name}' was made with this mixture"
     if not evidence.count(evidence.top):
         yield f"no run of '{problem.top.name}' at all: what is best there is taken from smaller sizes alone"
     if round_.learnt.why is not None:

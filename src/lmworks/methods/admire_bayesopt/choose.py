@@ -109,4 +109,4 @@ def _slope(value: Callable[[Points], Tensor], mixture_M: Floats, size: int, evid
     x_1M = evidence.seen(mixture_M[None]).requires_grad_()
     found = value(Points(x_1M, torch.tensor([size])))[0]
     (slope_1M,) = torch.autograd.grad(found, x_1M)
-    return float(found), slope_1M[0].numpy()
+    return float(found.detach()), slope_1M[0].numpy()
