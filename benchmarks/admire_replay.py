@@ -139,7 +139,7 @@ def one(folder: Path, sizes: list[str], target: str, name: str, options: argpars
         large = list(found[sizes[-1]][1].items())
         chosen = dict(large[i] for i in sorted(rng.choice(len(large), POOL, replace=False)))
         told = {size: (chosen if size == sizes[-1] else found[size][1]) for size in sizes}
-        plan = AdmireBayesOpt(budget=options.budget, verify=False, **PLANS[name])
+        plan = AdmireBayesOpt(budget=options.budget, **PLANS[name])
         runs.append(replay(problem, told, plan, seed, options.steps))
     stays = [run["stays_cost"] for run in runs]
     within = sum(value is not None and value <= 10 for value in stays)

@@ -12,7 +12,7 @@ import pytest
 from lmworks.core.errors import LmworksError, UsageError
 from lmworks.methods.admire_bayesopt import AdmireBayesOpt
 from lmworks.methods.admire_bayesopt import learn as learning
-from lmworks.methods.admire_bayesopt.evidence import between_repeats, gather
+from lmworks.methods.admire_bayesopt.evidence import gather
 from lmworks.methods.admire_bayesopt.posterior import Unfit
 from lmworks.methods.admire_bayesopt.rounds import Round
 from lmworks.mix.problem import Fidelity, Mixture, MixtureProblem, Source
@@ -22,7 +22,7 @@ BEST = np.array([0.5, 0.3, 0.2])
 CHEAP = 0.1
 GRID = [(i / 20, j / 20, 1 - i / 20 - j / 20) for i in range(21) for j in range(21 - i)]
 GRID_POOL = [
-    Trial(mixture=(a, b, max(0.0, round(c, 10))), fidelity=size) for size in ("small", "target") for a, b, c in GRID
+    Trial(mixture=(a, b, max(0.0, 1 - a - b)), fidelity=size) for size in ("small", "target") for a, b, c in GRID
 ]
 Landscape = Callable[[np.ndarray, bool], float]
 
@@ -182,7 +182,6 @@ def test_a_recommendation_says_what_is_expected_and_how_sure_that_is() -> None:
     assert told.gain[0] == pytest.approx(natural, abs=0.03)
     assert all(low <= high for low, high in told.spread)
     assert not told.verified
-    assert any(warning.startswith("unverified") for warning in told.warnings)
     assert told.facts["spent"] == pytest.approx(table.spent())
     trial = Trial(mixture=told.mixture, fidelity="target", purpose="verify", label="chosen")
     table.tell(run_of(trial, problem, alike))
@@ -243,9 +242,14 @@ def test_mixtures_that_cannot_be_told_apart_end_the_search() -> None:
 
 
 def test_noise_is_told_by_runs_of_one_mixture() -> None:
-    mixtures = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
-    assert between_repeats(mixtures, np.array([1.0, 2.0, 3.0, 9.0])) == pytest.approx(1.0)
-    assert between_repeats(mixtures[2:], np.array([1.0, 2.0])) is None
+    problem, table = problem_of(), RunTable(problem_of())
+    for seed, value in enumerate((1.0, 1.2, 1.4)):
+        trial = Trial(mixture=(0.2, 0.3, 0.5), fidelity="target", seed=seed, purpose="noise")
+        table.tell(Run(trial=trial, losses={"loss": value}, cost=1.0))
+    table.tell(Run(trial=Trial(mixture=(0.5, 0.3, 0.2), fidelity="target"), losses={"loss": 1.1}, cost=1.0))
+    part = dataclasses.replace(FEW, budget=20.0, starts=1)
+    assert part.ask(problem, table, seed=0, count=1) == []
+    assert "seeds alone by 0.2" in part.recommend(problem, table, seed=0).warnings[0]
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -299,9 +303,9 @@ def test_a_failed_fit_falls_back_and_the_search_goes_on(monkeypatch: pytest.Monk
         raise Unfit("planted")
 
     monkeypatch.setattr(learning, "fit", no_fit)
-    part = dataclasses.replace(FEW, by="improvement", budget=14.0, candidates=200)
+    part = dataclasses.replace(FEW, by="improvement", budget=8.0, candidates=64)
     problem, table = problem_of(), searched(part, alike)
-    assert len(table) == 14
+    assert len(table) == 8
     told = part.recommend(problem, table, seed=0)
     assert "log-linear" in told.rule
     assert any("planted" in warning for warning in told.warnings)

@@ -172,7 +172,12 @@ SLOTS: dict[str, Shelf] = {
     ),
     "mixture": Shelf(
         "how the shares of the sources are sought",
-        {"regmix": Part("methods.regmix:RegMix", "a regression on many small runs, and the best of many mixtures")},
+        {
+            "regmix": Part("methods.regmix:RegMix", "a regression on many small runs, and the best of many mixtures"),
+            "admire-bayesopt": Part(
+                "methods.admire_bayesopt.part:AdmireBayesOpt", "one run after another, small or large, by what it tells"
+            ),
+        },
     ),
     "executor": Shelf(
         "where jobs run that do not depend on each other",

@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
         2025,
         "choose the next mixture and model size to try by information per unit of cost",
         ("mixture",),
+        "methods.admire_bayesopt",
     ),
     "am-distilled": Method(
         "1.4 Million Open-Source Distilled Reasoning Dataset to Empower Large Language Model Training",

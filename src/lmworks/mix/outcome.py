@@ -72,6 +72,8 @@ def after_verification(advice: Recommendation, verified: Content | None) -> Reco
     is better by more than two standard deviations of seeds."""
     mixtures = verified["mixtures"] if verified is not None else {}
     if verified is None or "chosen" not in mixtures or mixtures["chosen"]["failed"]:
+        if advice.verified:  # by a run that the search itself made
+            return advice
         text = "no run of the target's size shows what it is worth: it is unverified (recipe: verify.mixtures)"
         return dataclasses.replace(advice, warnings=(*advice.warnings, text))
     less = {name: value for name, value in verified["chosen_is_less_by"].items() if value is not None and value < 0}

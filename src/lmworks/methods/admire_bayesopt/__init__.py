@@ -45,9 +45,9 @@ in a recipe of `lmworks mix` ([guide](../guides/mix.md)). `budget` is in runs of
    cannot be told apart: they differ by less than twice what seeds do.
 
 With `together` above 1 runs are asked for in batches: each counts on those under way giving what is expected of them.
-`by = "improvement"` buys runs of the target's size alone, by the log of expected improvement, with the same process; the
-results of smaller runs still count. Nothing is kept but the table of runs: a search that was killed goes on, and asks
-the same for the same table and seed.
+`by = "improvement"` buys runs of the target's size alone, by the log of expected improvement, with the same process;
+results of smaller runs still count where there are any. Nothing is kept but the table of runs: a search that was killed
+goes on, and asks the same for the same table and seed.
 
 The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise = "all"`, `starts = 1`, `large_every` and
 `large_after` left out, `least_agreement = -1`.
@@ -70,11 +70,11 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 - It has no rule that buys large runs, and buys small ones alone where they are cheap.
 - Its small sizes follow the large one by their cost: the truncated kernel gives a size that says nothing a correlation
   of about 0.7. Linked sizes have a correlation each, which is learnt.
-- Results are scaled, and their mean taken, for each size: losses of small models are nats away from those of large ones.
+- Results are centred and scaled for each size: losses of small models are nats away from those of large ones.
 - The information is summed by quadrature, not sampled, so scores have no noise but that of f*.
 - What is to be bettered, with `by = "improvement"`, is the best expected value of a run that was made, not the best
   measured one.
-- `engine = "botorch"` fits the truncated kernel by BoTorch's `SingleTaskMultiFidelityGP`; what follows is the same code.
+- `engine = "botorch"` fits the truncated kernel by BoTorch's `SingleTaskMultiFidelityGP`; the rest is the same code.
 
 ## Limits
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
+import numpy as np
 import torch
 
 from lmworks.core.errors import LmworksError
@@ -12,10 +14,29 @@ from lmworks.core.seeds import seed_for
 from lmworks.methods.admire_bayesopt.posterior import Unfit
 from lmworks.methods.admire_bayesopt.rounds import Round, spread_of_best
 from lmworks.mix.asking import Recommendation
-from lmworks.mix.problem import EXACT, Mixture
+from lmworks.mix.problem import EXACT, Floats, Mixture
+from lmworks.mix.search import on_grid
+from lmworks.mix.slices import slice_of
+from lmworks.mix.surrogate import Prediction
+from lmworks.mix.worth import as_json, worth
 
 DRAWS = 64
 """Of what is believed, for the spread of each share."""
+
+
+@final
+@dataclass(frozen=True)
+class Surface:
+    """What is believed of the target's size, as a fitted surrogate: targets of mixtures, the smaller the better."""
+
+    round_: Round
+
+    def predict(self, mixtures_NM: Floats) -> Prediction:
+        """Targets of N mixtures."""
+        found = self.round_.learnt.at_top(mixtures_NM)
+        assert found is not None, "asked for after a recommendation"
+        evidence = self.round_.evidence
+        return Prediction(evidence.centre - evidence.scale * found[0].numpy(), evidence.scale * found[1].numpy())
 
 
 def recommend(round_: Round) -> Recommendation:
@@ -49,7 +70,7 @@ def recommend(round_: Round) -> Recommendation:
         gain=_gain(round_, mixture),
         verified=round_.verified(mixture),
         warnings=tuple(_warnings(round_, mixture)),
-        facts=_facts(round_),
+        facts={**_facts(round_), **_of_sources(round_, np.array(mixture))},
     )
 
 
@@ -96,8 +117,6 @@ def _spread(round_: Round) -> tuple[tuple[float, float], ...]:
 
 def _warnings(round_: Round, mixture: Mixture) -> Iterator[str]:
     problem, evidence = round_.problem, round_.evidence
-    if not round_.verified(mixture):
-        yield f"unverified: no run of '{problem.top.name}' was made with this mixture"
     if not evidence.count(evidence.top):
         yield f"no run of '{problem.top.name}' at all: what is best there is taken from smaller sizes alone"
     if round_.learnt.why is not None:
@@ -121,6 +140,23 @@ def _of_failures(round_: Round) -> Iterator[str]:
         yield f"{count} run{'s' if count > 1 else ''} left out: {reason}"
 
 
+def _of_sources(round_: Round, p_M: Floats) -> dict[str, Any]:
+    """What each source is worth there, a slice to be drawn, and the mixtures that a verification may run."""
+    problem, surface = round_.problem, Surface(round_)
+    sources = len(problem.sources)
+    finals_FM = round_.finals
+    worst_M = finals_FM[int(surface.predict(finals_FM).mean_N.argmax())]
+    uniform_M = on_grid(problem.nearest(np.full(sources, 1 / sources)), problem)
+    natural_M = on_grid(problem.nearest(problem.natural), problem)
+    named = {"chosen": p_M, "natural": natural_M, "uniform": uniform_M, "worst": worst_M}
+    return {
+        "worth": as_json(worth(surface, (), problem, p_M)),
+        "slice": slice_of(surface, problem, p_M, round_.evidence.mixtures_NM),
+        "worst": worst_M.tolist(),
+        "predicted": dict(zip(named, surface.predict(np.stack(list(named.values()))).mean_N.tolist(), strict=True)),
+    }
+
+
 def _facts(round_: Round) -> dict[str, Any]:
     """JSON values for the report."""
     problem, evidence, posterior = round_.problem, round_.evidence, round_.learnt.posterior
@@ -128,7 +164,6 @@ def _facts(round_: Round) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "runs": {name: evidence.count(size) for size, name in enumerate(names)},
         "spent": round_.table.spent() / problem.top.cost,
-        "ledger": round_.table.ledger(),
         "agreement": {names[size]: list(found) for size, found in round_.agreements.items()},
         "stopped": round_.why_stop(),
     }

@@ -56,7 +56,7 @@ class Scoring:
         own_N, top_N, both_N = self.posterior.pairs(at, top)
         mean_N = self.posterior.mean(Points(at.x_NM, torch.full_like(at.size_N, top)))
         if not self.entropy:
-            return log_improvement(mean_N, top_N.sqrt(), float(self.best_K[0]))
+            return log_improvement(mean_N, top_N.clamp(min=1e-12).sqrt(), float(self.best_K[0]))
         sd_N = top_N.clamp(min=1e-12).sqrt()
         link_N = both_N / (sd_N * (own_N + self.posterior.belief.noise).sqrt())
         gap_KN = (self.best_K[:, None] - mean_N) / sd_N
@@ -109,4 +109,4 @@ def _slope(value: Callable[[Points], Tensor], mixture_M: Floats, size: int, evid
     x_1M = evidence.seen(mixture_M[None]).requires_grad_()
     found = value(Points(x_1M, torch.tensor([size])))[0]
     (slope_1M,) = torch.autograd.grad(found, x_1M)
-    return float(found), slope_1M[0].numpy()
+    return float(found.detach()), slope_1M[0].numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -52,7 +51,7 @@ class Evidence:
 
     def seen(self, mixtures_NM: Floats) -> Tensor:
         """Mixtures as the kernel sees them: (N, M)."""
-        p_NM = torch.from_numpy(np.array(mixtures_NM, dtype=np.float64)).reshape(len(mixtures_NM), -1)
+        p_NM = torch.from_numpy(np.array(mixtures_NM, dtype=np.float64))
         return p_NM.clamp(min=0).sqrt() if self.inputs == "root" else p_NM
 
     def points(self, mixtures_NM: Floats, size: int) -> Points:
@@ -127,29 +126,14 @@ def same_unit(values_by_size: list[Floats]) -> None:
 def told_apart(evidence: Evidence, noise: float | None) -> str | None:
     """Why the mixtures at the largest size cannot be told apart; None when they can, or when it is too early to say.
 
-    `noise`: standard deviation of the target between runs of one mixture; None: as pairs of such runs show it.
+    `noise`: standard deviation of the target between runs of one mixture; None where it is not known.
     """
-    top_N = (evidence.size_N == evidence.top).numpy()
-    values = evidence.value_N[torch.from_numpy(top_N)].numpy() * evidence.scale
-    if len(values) < ENOUGH + 1:
+    values = evidence.value_N[evidence.size_N == evidence.top] * evidence.scale
+    if len(values) <= ENOUGH:
         return None
-    spread = float(values.std(ddof=1))
+    spread = float(values.std())
     if spread <= 1e-12 * max(1.0, abs(evidence.centre)):
         return f"all {len(values)} runs of the largest size are equal"
-    if noise is None:
-        noise = between_repeats(evidence.mixtures_NM[top_N], values)
     if noise is not None and spread < 2 * noise:
         return f"{len(values)} runs of the largest size differ by {spread:.3g}, seeds alone by {noise:.3g}"
     return None
-
-
-def between_repeats(mixtures_NM: Floats, values_N: Floats) -> float | None:
-    """Standard deviation among runs of the same mixture, pooled; None where fewer than three such runs are."""
-    groups: dict[tuple[float, ...], list[float]] = {}
-    for mixture, value in zip(mixtures_NM, values_N, strict=True):
-        groups.setdefault(tuple(mixture), []).append(float(value))
-    repeated = [np.array(group) for group in groups.values() if len(group) > 1]
-    if sum(map(len, repeated)) < ENOUGH:
-        return None
-    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in repeated)
-    return math.sqrt(squares / sum(len(group) - 1 for group in repeated))

@@ -88,7 +88,7 @@ def _loss(unpacked: tuple[Unpacked, Tensor], runs: Points, value_N: Tensor, offs
     belief = Belief(lengths_M, own_M, shared_SS, own_SS, 0.0, offset, apart)
     total_NN = belief.covariance(runs, runs) + belief.levels(runs.size_N, runs.size_N)
     lower_NN = factor(total_NN + noise * torch.eye(len(runs), dtype=value_N.dtype))
-    white_N = torch.linalg.solve_triangular(lower_NN, value_N[:, None], upper=False)[:, 0]
+    white_N: Tensor = torch.linalg.solve_triangular(lower_NN, value_N[:, None], upper=False)[:, 0]
     log_likelihood = -(white_N * white_N).sum() / 2 - lower_NN.diagonal().log().sum()
     return -(log_likelihood + prior) / len(runs)
 
@@ -103,7 +103,7 @@ def _climb(raw: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[float, Ten
         optimizer.zero_grad()
         loss = loss_of(raw)
         torch.autograd.backward(loss)
-        value = float(loss)
+        value = float(loss.detach())
         if math.isfinite(value) and (not best or value < best[0][0]):
             best[:] = [(value, raw.detach().clone())]
         return loss
@@ -140,7 +140,7 @@ def fit_botorch(runs: Points, value_N: Tensor, fidelity_S: Tensor, *, offset: fl
         fitting.fit_gpytorch_mll(likelihoods.ExactMarginalLogLikelihood(model.likelihood, model))
     except (errors.ModelFittingError, RuntimeError) as error:
         raise Unfit(f"BoTorch cannot fit {len(runs)} results: {error}") from error
-    base = model.covar_module.base_kernel
+    (base,) = model.covar_module.base_kernel.kernels
     shared_SS, own_SS = truncated(fidelity_S, base.power.detach()[0], model.covar_module.outputscale.detach())
     return Belief(
         base.covar_module_unbiased.lengthscale.detach()[0],

@@ -19,7 +19,7 @@ from lmworks.mix.runs import Rows
 from lmworks.mix.surrogate import Fitted
 
 Engine = Literal["own", "botorch"]
-REFITS = 20
+REFITS = 8
 """Of the stand-in, each to as many runs drawn with replacement."""
 
 

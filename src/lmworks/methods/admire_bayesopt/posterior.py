@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def factor(matrix_NN: Tensor) -> Tensor:
         eye_NN = torch.eye(len(matrix_NN), dtype=matrix_NN.dtype)
         lower_NN, failed = torch.linalg.cholesky_ex(matrix_NN + jitter * mean * eye_NN)
         if not failed and bool(torch.isfinite(lower_NN).all()):
-            return lower_NN
+            return cast(Tensor, lower_NN)
     raise Unfit(f"the covariance of {len(matrix_NN)} results is not positive, or not finite")
 
 
@@ -80,7 +80,9 @@ class Posterior:
 
     def _known(self, at: Points) -> Tensor:
         """L^-1 times the covariance between runs and points: (N, A)."""
-        return torch.linalg.solve_triangular(self._lower_NN, self.belief.covariance(self.runs, at), upper=False)
+        return cast(
+            Tensor, torch.linalg.solve_triangular(self._lower_NN, self.belief.covariance(self.runs, at), upper=False)
+        )
 
 
 def agreement(belief: Posterior, x_NM: Tensor, size: int, top: int, seed: int, draws: int = 128) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmworks.core.errors import UsageError
 from lmworks.core.seeds import seed_for
 from lmworks.methods.admire_bayesopt.choose import Candidates, Scoring, best_run, polished, scoring
 from lmworks.methods.admire_bayesopt.evidence import ENOUGH, gather, told_apart
@@ -21,6 +22,7 @@ from lmworks.methods.admire_bayesopt.worth import log_improvement
 from lmworks.mix.problem import Floats, Mixture, MixtureProblem
 from lmworks.mix.runs import RunTable, Trial
 from lmworks.mix.search import draw_for, on_grid
+from lmworks.mix.worth import seed_noise
 
 if TYPE_CHECKING:
     from lmworks.methods.admire_bayesopt.part import AdmireBayesOpt
@@ -54,21 +56,28 @@ class Round:
         """Mixtures that are looked at, without runs that the table holds."""
         names = [one.name for one in self.problem.fidelities]
         if self.pool is None:
-            mixtures = draw_for(self.problem, self.settings.candidates, seed=seed_for(self.seed, "candidates"))
-            count, sizes = len(mixtures), len(names)
-            rows_K, sizes_K = torch.arange(count).repeat(sizes), torch.arange(sizes).repeat_interleave(count)
-            return Candidates(mixtures, rows_K, sizes_K, torch.arange(count), free=True)
-        for trial in self.pool:
-            self.problem.must_be_feasible(trial.mixture)
-        number = {mixture: i for i, mixture in enumerate(sorted({trial.mixture for trial in self.pool}))}
-        left = [trial for trial in self.pool if not self.table.has(trial)]
-        top = [number[trial.mixture] for trial in self.pool if trial.fidelity == names[-1]]
+            drawn_CM = draw_for(self.problem, self.settings.candidates, seed=seed_for(self.seed, "candidates"))
+            drawn_CM = np.vstack([self.problem.nearest(self.problem.natural), drawn_CM])
+            mixtures = [_tuple(on_grid(p_M, self.problem)) for p_M in drawn_CM]
+            trials = [(row, size) for size in range(len(names)) for row in range(len(mixtures))]
+            final = list(range(len(mixtures)))
+        else:
+            for trial in self.pool:
+                self.problem.must_be_feasible(trial.mixture)
+            mixtures = sorted({trial.mixture for trial in self.pool})
+            number = {mixture: i for i, mixture in enumerate(mixtures)}
+            trials = [(number[trial.mixture], names.index(trial.fidelity)) for trial in self.pool]
+            final = sorted({row for row, size in trials if size == len(names) - 1})
+            if not final:
+                raise UsageError(f"no run of the pool has the size '{names[-1]}', which the mixture is for")
+        made = {(run.trial.mixture, names.index(run.trial.fidelity)) for run in self.table}
+        left = [(row, size) for row, size in trials if (mixtures[row], size) not in made]
         return Candidates(
-            np.array(list(number), dtype=np.float64),
-            torch.tensor([number[trial.mixture] for trial in left], dtype=torch.long),
-            torch.tensor([names.index(trial.fidelity) for trial in left], dtype=torch.long),
-            torch.tensor(sorted(set(top)), dtype=torch.long),
-            free=False,
+            np.array(mixtures, dtype=np.float64),
+            torch.tensor([row for row, _ in left], dtype=torch.long),
+            torch.tensor([size for _, size in left], dtype=torch.long),
+            torch.tensor(final, dtype=torch.long),
+            free=self.pool is None,
         )
 
     @cached_property
@@ -105,7 +114,8 @@ class Round:
     @cached_property
     def alike(self) -> str | None:
         """Why mixtures cannot be told apart."""
-        return told_apart(self.evidence, self.settings.noise)
+        noise = self.settings.noise or seed_noise(self.table, self.problem.top.name)
+        return told_apart(self.evidence, noise)
 
     @cached_property
     def gain(self) -> float:
@@ -175,7 +185,7 @@ class Round:
         """Candidates of these sizes that are not under way."""
         found = self.candidates
         keep_K = torch.tensor([int(size) in sizes for size in found.size_K], dtype=torch.bool)
-        if taken and not found.free:
+        if taken:
             pairs = zip(found.row_K.tolist(), found.size_K.tolist(), strict=True)
             keep_K &= torch.tensor([self._trial(found.mixtures_CM[r], s).key not in taken for r, s in pairs])
         return found.only(keep_K)
@@ -202,7 +212,8 @@ class Round:
         plain = self._trial(mixture_M, size)
         if not open_ones.free:
             return plain
-        better = self._trial(polished(score, mixture_M, size, self.evidence, self.problem), size)
+        uphill_M = on_grid(polished(score, mixture_M, size, self.evidence, self.problem), self.problem)
+        better = self._trial(uphill_M, size)
         return plain if better.key in taken or self.table.has(better) else better
 
     def _score(self, pending: Sequence[Trial], generator: torch.Generator) -> Scoring | None:
@@ -237,8 +248,7 @@ class Round:
         return Points(self.evidence.seen(mixtures), sizes_N)
 
     def _trial(self, mixture_M: Floats, size: int) -> Trial:
-        placed = on_grid(mixture_M, self.problem) if self.pool is None else mixture_M
-        return Trial(mixture=tuple(float(p) for p in placed), fidelity=self.problem.fidelities[size].name)
+        return Trial(mixture=_tuple(mixture_M), fidelity=self.problem.fidelities[size].name)
 
     # --- what is recommended ------------------------------------------------------------------------------------
 
@@ -254,13 +264,17 @@ class Round:
             best_M = on_grid(
                 polished(posterior.mean, best_M, self.evidence.top, self.evidence, self.problem), self.problem
             )
-        return tuple(float(p) for p in best_M)
+        return _tuple(best_M)
 
     def verified(self, mixture: Mixture) -> bool:
         """Whether a run of the largest size was made with it, to its end."""
         name = self.problem.top.name
         runs = self.table.chosen(lambda run: run.trial.fidelity == name)
         return any(max(abs(a - b) for a, b in zip(run.trial.mixture, mixture, strict=True)) < 1e-9 for run in runs)
+
+
+def _tuple(p_M: Floats) -> Mixture:
+    return tuple(float(p) for p in p_M)
 
 
 def spread_of_best(round_: Round, draws: int, generator: torch.Generator) -> Tensor:
