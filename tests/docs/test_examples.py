@@ -6,7 +6,7 @@
 | lmworks compare | run with one seed, on a tiny model |
 | lmworks prove | the proof and its arms are decoded (--check) |
 | lmworks mix | the recipe is decoded (--check); with --fit, which needs tables of runs, the options exist |
-| lmworks quickstart, launch, guard, drill, probe, fetch, chat | verb and options exist (minutes, ranks, network, people) |
+| lmworks quickstart, launch, guard, drill, probe, fetch, chat | verb and options exist (minutes, ranks, people) |
 | lmworks board | run with --json, otherwise verb and options exist (a server) |
 | any other lmworks command | run, in a folder that holds a tiny run at runs/quickstart |
 | make | the targets and variables exist |
