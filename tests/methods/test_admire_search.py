@@ -37,7 +37,7 @@ def problem_of(cheap: float = CHEAP, *, times: float = 1.0, sources: int = 3) ->
 
 def alike(p: np.ndarray, large: bool) -> float:
     """Both sizes have the same best mixture; the small one has a bias and a level of its own."""
-    return float(((p - BEST) ** 2).sum()) + (0.0 if large else 2.0 + 0.3 * float(p[0]))
+    return float(((p - BEST) ** 2).sum()) + (1.0 if large else 3.0 + 0.3 * float(p[0]))
 
 
 def unlike(seed: int) -> Landscape:
@@ -45,8 +45,8 @@ def unlike(seed: int) -> Landscape:
 
     def value(p: np.ndarray, large: bool) -> float:
         if large:
-            return float(((p - BEST) ** 2).sum())
-        return float(np.random.default_rng([seed, *(p * 1e4).round().astype(int)]).normal() * 0.3)
+            return 1.0 + float(((p - BEST) ** 2).sum())
+        return 3.0 + float(np.random.default_rng([seed, *(p * 1e4).round().astype(int)]).normal() * 0.3)
 
     return value
 
