@@ -30,7 +30,7 @@ in a recipe of `lmworks mix` ([guide](../guides/mix.md)). `budget` is in runs of
        linked      k = g_s g_s' (r_s r_s' k_u + sqrt((1 - r_s^2)(1 - r_s'^2)) k_b),    r = g = 1 at the target's size
        truncated   k = k_u(p, p') + (1 - s)(1 - s')(1 + s s')^w k_b(p, p'),            w ~ Gamma(3, 3)
 
-   Each size also has a level of its own.
+   g is the spread of a size over the target's, r its correlation with it. Each size also has a level of its own.
 3. *Score* thousands of mixtures at all sizes: the information that y(p, s) gives on f*, in nats, over the cost. f* is
    drawn `maxima` times by a Gumbel distribution over the mixtures at the target's size. With gap = (f* - u) / sd of the
    mixture at the target's size, and c the correlation of that with the noisy result,
@@ -70,7 +70,7 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 - It has no rule that buys large runs, and buys small ones alone where they are cheap.
 - Its small sizes follow the large one by their cost: the truncated kernel gives a size that says nothing a correlation
   of about 0.7. Linked sizes have a correlation each, which is learnt.
-- Results are centred and scaled for each size: losses of small models are nats away from those of large ones.
+- Results are centred for each size: losses of small models are nats away from those of large ones.
 - The information is summed by quadrature, not sampled, so scores have no noise but that of f*.
 - What is to be bettered, with `by = "improvement"`, is the best expected value of a run that was made, not the best
   measured one.

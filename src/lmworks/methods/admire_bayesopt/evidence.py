@@ -19,7 +19,7 @@ Standardise = Literal["size", "all"]
 OFFSET = 1.0
 """Deviation of a size's level about the mean of its runs, in scaled values."""
 ENOUGH = 3
-"""Runs from which a size has a spread of its own."""
+"""Runs from which a size says something of its own."""
 PER_CENT = 20.0
 """Scores this many times others of the same target are told in another unit."""
 
@@ -36,7 +36,8 @@ class Evidence:
     fidelity_S: Tensor
     """Cost of a run of each size over that of the largest: the kernel's coordinate, and the divisor of what is won."""
     scale: float
-    """What 1 of the scaled values is, in units of the target, at the largest size."""
+    """What 1 of the scaled values is, in units of the target: the spread within sizes, pooled. That of a few large runs,
+    all near the best, would make more of their differences than there is."""
     centre: float
     """The target at the largest size for which the scaled value is 0."""
     inputs: Inputs
