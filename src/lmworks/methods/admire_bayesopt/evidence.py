@@ -36,8 +36,8 @@ class Evidence:
     fidelity_S: Tensor
     """Cost of a run of each size over that of the largest: the kernel's coordinate, and the divisor of what is won."""
     scale: float
-    """What 1 of the scaled values is, in units of the target: the spread within sizes, pooled. A few large runs, all near
-    the best, would alone make more of their differences than there is."""
+    """What 1 of the scaled values is, in units of the target: the spread within sizes, pooled. A few large runs, all
+    near the best, would alone make more of their differences than there is."""
     centre: float
     """The target at the largest size for which the scaled value is 0."""
     inputs: Inputs
