@@ -57,9 +57,9 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 - When a run of the target's size, or near it, can be paid several times. When it can be paid once, learn from small
   runs in one go: `use = "regmix"`.
 - `by = "improvement"` where sizes are known not to agree: it needs no agreement.
-- `by = "entropy"` where small runs are cheap and sizes agree. On RegMix's table, where 1M and 60M parameters do, it found
-  the best of 48 mixtures for about half of what improvement took; with the paper's settings it bought small runs alone
-  and did not find it (`benchmarks/admire_replay.py`). The report has the agreement that was learnt.
+- `by = "entropy"` where small runs are cheap and sizes agree. On RegMix's table, where 1M and 60M parameters do, it
+  found the best of 48 mixtures for about half of what improvement took, with either kernel; with the paper's settings
+  it bought small runs alone and did not find it (`benchmarks/admire_replay.py`).
 - Give `noise`, from three runs of one mixture, so that the search can end when there is nothing to find.
 - Costs should be seconds or FLOPs that were measured, tokens included: parameters alone make a small model's run of
   fewer tokens look dear.
