@@ -6,6 +6,7 @@ FOLDER holds the run tables of sail-sg/regmix (MIT): `train_mixture_1m.csv` and 
 parameters, are learnt from; `test_mixture_SIZE.csv` and `test_pile_loss_SIZE.csv` are judged by, for each of 1m, 60m
 and 1b that is there. Surrogates are fitted to some of the 512, drawn with six seeds, and to all of them; those that
 cross-validation chooses are held against every single one. Nothing of the tables is written but rank correlations.
+Fits stand in a journal; one that was cut short goes on.
 Exit 0: the bars are met; 4: one is not.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import evidence_file
 import numpy as np
 
+from lmworks.core.journal import Journal, rows
 from lmworks.mix import tables
 from lmworks.mix.apply import predict
 from lmworks.mix.tables import Published
@@ -69,34 +71,49 @@ def measure(seen: Published, others: dict[str, Published], surrogate: str, targe
     return found
 
 
-def runs(seen: Published, others: dict[str, Published], kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every fit: few runs with six seeds, then all of them."""
+def fits(kinds: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    """Surrogate, number of runs, seed of every fit: few runs with six seeds, then all of them."""
     for count in FEW:
-        for seed in SEEDS:
-            few = seen.take(np.random.default_rng(seed).choice(len(seen.ids), count, replace=False).tolist())
-            for kind in kinds:
-                yield {"surrogate": kind, "runs": str(count), "seed": seed} | measure(few, others, kind, COLUMN)
-    for kind in kinds:
-        yield {"surrogate": kind, "runs": "all", "seed": 0} | measure(seen, others, kind, COLUMN)
+        yield from ((kind, str(count), seed) for seed in SEEDS for kind in kinds)
+    yield from ((kind, "all", 0) for kind in kinds)
+
+
+def runs(
+    seen: Published, others: dict[str, Published], kinds: Sequence[str], journal: Path
+) -> Iterator[dict[str, Any]]:
+    """Every fit, those of the journal as they stand there."""
+    done = {(one["surrogate"], one["runs"], one["seed"]): one for one in rows(journal)}
+    for kind, count, seed in fits(kinds):
+        if (kind, count, seed) in done:
+            yield done[kind, count, seed]
+            continue
+        some = seen
+        if count != "all":
+            some = seen.take(np.random.default_rng(seed).choice(len(seen.ids), int(count), replace=False).tolist())
+        found = {"surrogate": kind, "runs": count, "seed": seed} | measure(some, others, kind, COLUMN)
+        keep = Journal(journal)
+        keep.append(found)
+        keep.flush()
+        yield found
 
 
 def summary(found: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[dict[str, Any]]:
     """Mean and spread over seeds, by surrogate and number of runs."""
-    rows = []
+    told = []
     for kind, count in dict.fromkeys((one["surrogate"], one["runs"]) for one in found):
         row: dict[str, Any] = {"surrogate": kind, "runs": count}
         for size in sizes:
             values = [one[size]["spearman"] or 0.0 for one in found if (one["surrogate"], one["runs"]) == (kind, count)]
             row[size] = {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
-        rows.append(row)
-    return rows
+        told.append(row)
+    return told
 
 
-def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def verdicts(summed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each bar: held, missed, or not judged because its table is not here."""
     told = []
     for kind, count, size, low, high, why in BARS:
-        row = next((one for one in rows if (one["surrogate"], one["runs"]) == (kind, count)), None)
+        row = next((one for one in summed if (one["surrogate"], one["runs"]) == (kind, count)), None)
         value = row[size]["mean"] if row is not None and size in row else None
         verdict = (
             "not judged: the table is not here" if value is None else "holds" if low <= value <= high else "missed"
@@ -110,6 +127,7 @@ def main() -> int:
     """Fit, judge, write a record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="write no record")
+    parser.add_argument("--journal", type=Path, default=Path("runs/regmix-replay.jsonl"), help="fits so far")
     parser.add_argument("--kinds", nargs="+", default=["lightgbm", "ols", "log-linear", "gp", "log-gp", "auto"])
     asked = parser.parse_args()
     folder = Path(os.environ.get("LMWORKS_REGMIX_DATA", ""))
@@ -120,18 +138,19 @@ def main() -> int:
     sizes = [size for size in SIZES if (folder / f"test_mixture_{size}.csv").is_file()]
     others = {size: load(folder, f"test_{size}") for size in sizes}
     found = []
-    for one in runs(seen, others, asked.kinds):
+    asked.journal.parent.mkdir(parents=True, exist_ok=True)
+    for one in runs(seen, others, asked.kinds, asked.journal):
         found.append(one)
         print(one["surrogate"], one["runs"], one["seed"], {size: one[size]["spearman"] for size in sizes}, flush=True)
-    rows = summary(found, sizes)
-    bars = verdicts(rows)
+    told = summary(found, sizes)
+    bars = verdicts(told)
     for bar in bars:
         print(bar)
     record = evidence_file.head("regmix_replay") | {
         "versions": evidence_file.versions_of(("lmworks", "numpy", "scipy", "scikit-learn", "lightgbm")),
         "learnt_from": {"table": "train_1m", "runs": len(seen.ids), "target": COLUMN},
         "judged_by": {size: len(other.ids) for size, other in others.items()},
-        "summary": rows,
+        "summary": told,
         "verdicts": bars,
         "runs": found,
     }
