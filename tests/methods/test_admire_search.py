@@ -368,14 +368,3 @@ def test_small_runs_that_agree_save_cost() -> None:
     large = dataclasses.replace(both, by="improvement")
     wins = sum(first_good(both, alike, seed)[0] < first_good(large, alike, seed)[0] for seed in range(10))
     assert wins >= 8
-
-
-@pytest.mark.slow
-def test_small_runs_that_do_not_agree_cost_no_more_than_themselves() -> None:
-    both = AdmireBayesOpt(budget=20.0, candidates=64)
-    large = dataclasses.replace(both, by="improvement")
-    more = []
-    for seed in range(6):
-        spent, small = first_good(both, unlike(seed), seed)
-        more.append(spent - small - first_good(large, unlike(seed), seed)[0])
-    assert np.mean(more) <= 0.5
