@@ -14,7 +14,7 @@ from lmworks.core.seeds import seed_for
 from lmworks.methods.admire_bayesopt.posterior import Unfit
 from lmworks.methods.admire_bayesopt.rounds import Round, spread_of_best
 from lmworks.mix.asking import Recommendation
-from lmworks.mix.problem import EXACT, Floats, Mixture
+from lmworks.mix.problem import Floats, Mixture
 from lmworks.mix.search import on_grid
 from lmworks.mix.slices import slice_of
 from lmworks.mix.surrogate import Prediction
@@ -128,7 +128,7 @@ def _warnings(round_: Round, mixture: Mixture) -> Iterator[str]:
     on_bound = [
         name
         for name, p, high in zip(problem.names, mixture, problem.upper, strict=True)
-        if high < 1 and p >= high - EXACT
+        if high < 1 and p >= high - 1e-3
     ]
     if on_bound:
         yield f"at the upper bound: {', '.join(on_bound)}"

@@ -19,7 +19,7 @@ Standardise = Literal["size", "all"]
 OFFSET = 1.0
 """Deviation of a size's level about the mean of its runs, in scaled values."""
 ENOUGH = 3
-"""Runs from which a size has a spread of its own."""
+"""Runs from which a size says something of its own."""
 PER_CENT = 20.0
 """Scores this many times others of the same target are told in another unit."""
 
@@ -36,7 +36,8 @@ class Evidence:
     fidelity_S: Tensor
     """Cost of a run of each size over that of the largest: the kernel's coordinate, and the divisor of what is won."""
     scale: float
-    """What 1 of the scaled values is, in units of the target, at the largest size."""
+    """What 1 of the scaled values is, in units of the target: the spread within sizes, pooled. A few large runs, all
+    near the best, would alone make more of their differences than there is."""
     centre: float
     """The target at the largest size for which the scaled value is 0."""
     inputs: Inputs
@@ -81,28 +82,19 @@ def gather(problem: MixtureProblem, table: RunTable, *, inputs: Inputs, standard
     raw = [torch.from_numpy(-values) for _, values in rows]
     everything = torch.cat(raw)
     if standardise == "size":
-        spreads = _spreads(raw)
         centres = [float(values.mean()) if len(values) else 0.0 for values in raw]
     else:
-        spreads = [_spread(everything)] * len(raw)
         centres = [float(everything.mean()) if len(everything) else 0.0] * len(raw)
-    scaled = [(values - c) / s for values, c, s in zip(raw, centres, spreads, strict=True)]
+    centred = [values - centre for values, centre in zip(raw, centres, strict=True)]
+    spread = _spread(torch.cat(centred))
     costs = torch.tensor([one.cost / problem.top.cost for one in problem.fidelities], dtype=torch.float64)
-    return Evidence(mixtures, sizes, torch.cat(scaled), costs, spreads[-1], -centres[-1], inputs)
+    return Evidence(mixtures, sizes, torch.cat(centred) / spread, costs, spread, -centres[-1], inputs)
 
 
 def _spread(values: Tensor) -> float:
-    """Standard deviation; 1 where there is none to tell."""
-    found = float(values.std()) if len(values) > 1 else 0.0
-    return found if found > 1e-12 * max(1.0, float(values.abs().max()) if len(values) else 1.0) else 1.0
-
-
-def _spreads(values: list[Tensor]) -> list[float]:
-    """Of each size; one with too few runs borrows that of the next larger, then the next smaller, size with enough."""
-    known = {i: _spread(one) for i, one in enumerate(values) if len(one) >= ENOUGH}
-    if not known:
-        return [_spread(torch.cat([one - one.mean() for one in values if len(one)] or [torch.zeros(0)]))] * len(values)
-    return [known[min(known, key=lambda j: (abs(j - i), -j))] for i in range(len(values))]
+    """Standard deviation about 0; 1 where there is none to tell."""
+    found = float((values * values).mean().sqrt()) if len(values) else 0.0
+    return found if found > 1e-12 else 1.0
 
 
 def same_unit(values_by_size: list[Floats]) -> None:
@@ -114,7 +106,7 @@ def same_unit(values_by_size: list[Floats]) -> None:
     ratios = values[1:] / values[:-1]
     cut = int(ratios.argmax())
     low, high = values[: cut + 1], values[cut + 1 :]
-    alike = low.min() * 100 / 5 <= high.max() and high.min() <= low.max() * 100 * 5
+    alike = high.min() / 5 <= low.min() * 100 and low.max() * 100 <= high.max() * 5
     if ratios[cut] >= PER_CENT and low.max() <= 1 < high.min() and alike:
         raise LmworksError(
             f"{len(low)} scores from {low.min():.4g} to {low.max():.4g} and {len(high)} from {high.min():.4g} to "

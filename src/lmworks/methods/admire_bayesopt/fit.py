@@ -18,7 +18,7 @@ LENGTH, OWN_LENGTH, POWER, VARIANCE = (3.0, 6.0), (6.0, 2.0), (3.0, 3.0), (2.0, 
 """Shape and rate of Gamma distributions that are held before: the paper's, and BoTorch's for the variance."""
 NOISE = (-4.0, 1.0)
 """Mean and deviation of the log of the noise's variance."""
-LINK, GAIN = (0.9, 0.7), (0.0, 0.5)
+LINK, GAIN = (0.9, 0.7), (0.0, 0.7)
 """Mean and deviation of the atanh of a link and of the log of a gain. tanh(0.9) is 0.72."""
 LEAST_NOISE = 1e-4
 STEPS = 100

@@ -35,7 +35,7 @@ class AdmireBayesOpt(Searching):
     inputs: Inputs = "root"
     """What the kernel sees: square roots of shares, or the shares, as in the paper."""
     standardise: Standardise = "size"
-    """Whether results are scaled for each size, or all alike, as BoTorch does."""
+    """Whether each size's results are taken from a mean of their own, or all from one, as BoTorch does."""
     engine: Engine = "own"
     """What finds the kernel's numbers: PyTorch alone, or BoTorch (extra `mix`), for the truncated kernel."""
     starts: PositiveInt = 4
@@ -62,7 +62,7 @@ class AdmireBayesOpt(Searching):
         if self.engine == "botorch" and self.kernel != "truncated":
             yield Problem(path="engine", text='botorch has the kernel of the paper only. Take kernel = "truncated"')
         if self.kernel == "linked" and self.standardise != "size":
-            yield Problem(path="standardise", text='kernel = "linked" has a scale for each size. Take "size"')
+            yield Problem(path="standardise", text='kernel = "linked" has a level for each size. Take "size"')
         if self.by == "improvement":
             for name in ("large_every", "large_after", "maxima", "least_agreement"):
                 if getattr(self, name) != getattr(type(self), name):

@@ -159,7 +159,7 @@ class Round:
         if self._made(pending, start) < self.settings.starts or not len(self.evidence):
             return self._random({start}, taken, generator)
         sizes = affordable - self.dropped if entropy else {top}
-        if entropy and top in affordable and self._large_is_due(pending):
+        if entropy and top in affordable and self._large_is_due(pending) and len(self._open({top}, taken).row_K):
             sizes = {top}
         if not sizes:
             return None
