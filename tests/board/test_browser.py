@@ -26,6 +26,7 @@ PAGES = (
     "",
     "runs/{id}",
     "runs/{id}/system",
+    "runs/{ranks}/system",
     "runs/{id}/plan",
     "runs/{id}/samples",
     "runs/{id}/recipe",
@@ -125,18 +126,17 @@ def test_no_page_is_wider_than_its_window_or_complains(chromium: Any, address: s
     context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     seen = Seen(page)
-    for name in ("plain", HOSTILE):
-        known = ids(page, address)
-        for place in PAGES:
-            page.goto("about:blank")
-            page.goto(f"{address}#/{place.format(id=known[name], other=known['killed'])}")
-            page.locator("h1").wait_for()
-            page.locator(".reading").first.wait_for(state="detached")
-            page.wait_for_timeout(150)
-            wide = page.evaluate("document.scrollingElement.scrollWidth")
-            assert wide <= width, f"{place} is {wide} wide"
-            assert page.locator("img[src='x']").count() == 0
-            assert page.locator("h1").count() == 1
+    known = ids(page, address)
+    for place in PAGES:
+        page.goto("about:blank")
+        page.goto(f"{address}#/{place.format(id=known[HOSTILE], ranks=known['plain'], other=known['killed'])}")
+        page.locator("h1").wait_for()
+        page.locator(".reading").first.wait_for(state="detached")
+        page.wait_for_timeout(150)
+        wide = page.evaluate("document.scrollingElement.scrollWidth")
+        assert wide <= width, f"{place} is {wide} wide"
+        assert page.locator("img[src='x']").count() == 0
+        assert page.locator("h1").count() == 1
     context.close()
     assert seen.errors == []
 

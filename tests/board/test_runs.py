@@ -40,6 +40,7 @@ def test_runs_are_found_below_folders_and_named_by_where_they_lie(tmp_path: Path
 
 def test_an_id_stays_and_a_folder_that_goes_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmworks.board.runs.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("lmworks.board.runs.LOOKS_EVERY", 0)
     path = folders.make(tmp_path / "a")
     runs = Runs([tmp_path])
     (run,) = runs.all()

@@ -26,8 +26,8 @@ DEPTH = 5
 INSIDE = {"checkpoints", "ranks", "tokenizer", "tensorboard", "export", "logs", "node_modules", "__pycache__"}
 """Folders in which no run lies."""
 MOST_RUNS = 2000
-LOOK_EVERY = 2.0
-"""Seconds between two looks for runs; ten times as long as a look takes, where that is more."""
+LOOK_EVERY, LOOKS_EVERY = 2.0, 10
+"""Seconds between two looks for runs; so many times as long as a look takes, where that is more."""
 POINTS = 60
 """Of the small curve in the list."""
 SILENT, SILENT_ELSEWHERE = 5.0, 60.0
@@ -173,7 +173,7 @@ class Runs:
             now = [Run(path, name) for path, name in self._search()]
             self._found = {run.id: self._found.get(run.id, run) for run in now}
             ended = time.monotonic()
-            self._next = ended + max(LOOK_EVERY, 10 * (ended - began))
+            self._next = ended + max(LOOK_EVERY, LOOKS_EVERY * (ended - began))
         return sorted(self._found.values(), key=lambda run: run.name)
 
     def get(self, run_id: str) -> Run | None:
