@@ -125,7 +125,7 @@ def _number(record: Mapping[str, Any] | None, axis: str) -> int:
     if record is None:
         return -1
     counts = (count["number"] for count in record["counts"] if count["axis"] == axis and count["peer"] is None)
-    return next(counts, 0)
+    return int(next(counts, 0))
 
 
 def _entry(record: Mapping[str, Any] | None, axis: str, number: int) -> dict[str, Any] | None:
