@@ -37,9 +37,8 @@ def test_stacks_are_kept_where_py_spy_is(tmp_path: Path, monkeypatch: pytest.Mon
         process.wait()
 
 
-def test_a_tracker_knows_ages_and_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_knows_ages_and_the_pace(tmp_path: Path) -> None:
     now = 0.0
-    monkeypatch.setattr("lmworks.guard.agent.time.monotonic", lambda: now)
     tracker = Tracker(Arrivals(lambda: now), 2)
     assert tracker.look(tmp_path, 7, None).began is False
     now = 4.0

@@ -69,7 +69,7 @@ def unbroken(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolde
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(folder.path)]
-    assert "step 1/60" in done.stderr, "what rank 0 writes is handed on"
+    assert "step 60/60" in done.stderr, "what rank 0 writes is handed on"
     return folder
 
 

@@ -62,7 +62,7 @@ class Tracker:
         renewed = path.stat().st_mtime_ns if path.exists() else 0
         still = self._arrivals.age(f"{self._rank} progress", beat.progress)
         if beat.step is not None and (not self._steps or self._steps[-1][0] != beat.step):
-            self._steps = [*self._steps[-PACES:], (beat.step, time.monotonic())]
+            self._steps = [*self._steps[-PACES:], (beat.step, self._arrivals.clock())]
         return RankSeen(
             rank=self._rank,
             pid=pid,

@@ -102,7 +102,8 @@ class _Driver:
             state = dataclasses.replace(decoded(kept), since=time.monotonic(), stopping=0)
             assert state.given is not None, "a run begins with an order"
             self._say(f"going on with this run, attempt {state.attempt}: its driver is gone", "attach")
-            return state, [Do(state.given)]
+            write(self._folder.orders, dataclasses.asdict(state.given))  # it may have died before it could
+            return state, []
         for name in names:
             self._how.nodes.end(name)
         for path in (self._folder.orders, *self._folder.nodes.glob("*.json")):
@@ -170,6 +171,7 @@ class _Driver:
 
     def _say(self, text: str, event: str, **facts: Any) -> None:
         self._events.write(event, stream="guard", **{"text": text, **facts})
+        self._events.flush()
         self._how.note(text)
 
     def _set_aside(self) -> None:

@@ -213,12 +213,12 @@ class Arrivals:
     """When something last changed, by the reader's own clock."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+        self.clock = clock
         self._seen: dict[str, tuple[object, float]] = {}
 
     def age(self, name: str, now_is: object) -> float:
         """Seconds since what stands under a name was something else; 0 at the first look."""
-        now = self._clock()
+        now = self.clock()
         before, when = self._seen.get(name, (None, now))
         if name not in self._seen or before != now_is:
             self._seen[name] = (now_is, now)

@@ -71,16 +71,18 @@ class Together:
             return None
         late = self._process.poll() is None
         said = self.close().strip().splitlines()
-        if late or self._process.returncode != 0:
+        answers = [line for line in said if line.startswith("{")]  # a library may have more to say
+        if late or self._process.returncode != 0 or not answers:
             why = f"no answer in {TOGETHER_SECONDS:.0f} s" if late else " ".join(said[-1:])
             return {"failed": f"its ranks together: {why}"}
-        return {"together": float(json.loads(said[-1])["bytes_per_second"])}
+        return {"together": float(json.loads(answers[0])["bytes_per_second"])}
 
     def close(self) -> str:
         """End it, with its ranks; what it said."""
         if self._process.poll() is None:
             self._process.kill()
-        return self._process.communicate()[0]
+        said: str = self._process.communicate()[0]
+        return said
 
 
 def memory() -> float:
