@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -58,7 +59,8 @@ def begin(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[str
     for path in tmp_path.rglob("guard/nodes/*.json"):
         report = report_at(path)
         if report is not None and psutil.pid_exists(report.pid):
-            os.kill(report.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(report.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

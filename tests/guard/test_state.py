@@ -63,6 +63,15 @@ def test_a_missed_heart_beat_of_an_agent() -> None:
     assert cluster.orders == ["start", *ALONE]
 
 
+def test_what_others_say_when_a_node_is_gone_is_not_their_fault() -> None:
+    cluster = Cluster()
+    cluster.dead.add("b")
+    cluster.reports["b"] = dataclasses.replace(cluster.reports["b"], order=0)
+    cluster.fails("a", message="connection closed by peer", kind="RuntimeError")
+    cluster.turn(turns=14)
+    assert (cluster.state.incidents[0].kind, cluster.state.incidents[0].node) == ("lost", "b")
+
+
 def test_an_agent_that_comes_back_stays() -> None:
     cluster = Cluster()
     cluster.dead.add("b")

@@ -204,6 +204,9 @@ def _halt(state: State, facts: Facts, now: float, rules: Rules) -> Answer:
     if state.stopping or (cause is not None and cause.exit_code == STOPPED):
         return _stopped(state, cause)
     assert cause is not None, "nothing is halted without a reason"
+    gone = next((name for name, node in nodes.items() if node.down(rules) or name in waiting), None)
+    if cause.kind == "failed" and gone is not None:  # what others say when a node is gone is its consequence
+        cause = Incident(kind="lost", node=gone, step=cause.step, text=f"nothing is heard of {gone}; {cause.text}")
     before = state.incident
     known = before is not None and (before.kind, before.node) == (cause.kind, cause.node)
     said = [] if known else [Note(cause)]
