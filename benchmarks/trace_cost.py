@@ -91,7 +91,9 @@ def cost(rounds: int, steps: int) -> dict[str, Any]:
                 events.flush()
                 found[on].append((time.perf_counter() - begun) / steps)
                 tracer.close(together=True)
-    scene = Scene(QUICKSTART, Layout(dp_shard=1), 8, 8, 256, AdamW(lr=1e-3))
+    scene = Scene(
+        model=QUICKSTART, layout=Layout(dp_shard=1), rows=8, micro_rows=8, length=256, optimizer=AdamW(lr=1e-3)
+    )
     step = stepping(placed(0, scene, torch.float32), scene)
     step(), step()
     seconds = []
@@ -114,7 +116,15 @@ def cost(rounds: int, steps: int) -> dict[str, Any]:
 
 def slow_run(rank: int, path: str, who: int | None) -> None:
     """STEPS steps of four replicas, one of them late."""
-    scene = Scene(SMALL, Layout(dp_replicate=RANKS, dp_shard=1), 4 * RANKS, 4, 128, AdamW(lr=1e-3), Late(rank == who))
+    scene = Scene(
+        model=SMALL,
+        layout=Layout(dp_replicate=RANKS, dp_shard=1),
+        rows=4 * RANKS,
+        micro_rows=4,
+        length=128,
+        optimizer=AdamW(lr=1e-3),
+        objective=Late(rank == who),
+    )
     made = placed(rank, scene, torch.float32)
     step = stepping(made, scene)
     step(), step()
