@@ -16,7 +16,17 @@ can be four times as large. Each is a setting of its own:
 | sliding window | `model.sliding_window = 512`; `model.sliding_window_blocks` for some blocks only |
 | LAMB | `optimizer.use = "lamb"` |
 
-The paper's runtime (overlapped communication, data loading, start-up, fault handling) is planned.
+And a runtime. Its parts serve every run, with any model and optimizer:
+
+| part | where |
+| --- | --- |
+| a driver and agents: beats, faults found, tests of nodes, restart | `lmworks guard` ([guide](../guides/guard.md)) |
+| the same, tried by faults on purpose | `lmworks drill` ([guide](../guides/drill.md)) |
+| checkpoints in two stages, written evenly, read once and handed on | table `checkpoints` ([guide](../guides/train.md)) |
+| one reader for the ranks of a machine; rows prepared ahead | always, where ranks need the same rows |
+| sends that nobody waits for; products in slices | `layout.sends = "early"`; `layout.tp_slices = 2` |
+| spans, timeline, heat map, who did not arrive | `lmworks trace` ([guide](../guides/trace.md)) |
+| rules for a run's health | watcher `health` ([page](../concepts/health.md)) |
 
 ## How it works
 
