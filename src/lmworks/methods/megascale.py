@@ -22,7 +22,7 @@ And a runtime. Its parts serve every run, with any model and optimizer:
 | --- | --- |
 | a driver and agents: beats, faults found, tests of nodes, restart | `lmworks guard` ([guide](../guides/guard.md)) |
 | the same, tried by faults on purpose | `lmworks drill` ([guide](../guides/drill.md)) |
-| checkpoints in two stages, written evenly, read once and handed on | table `checkpoints` ([guide](../guides/train.md)) |
+| checkpoints in two stages, written evenly, read once | table `checkpoints` ([guide](../guides/train.md)) |
 | one reader for the ranks of a machine; rows prepared ahead | always, where ranks need the same rows |
 | sends that nobody waits for; products in slices | `layout.sends = "early"`; `layout.tp_slices = 2` |
 | spans, timeline, heat map, who did not arrive | `lmworks trace` ([guide](../guides/trace.md)) |
