@@ -34,14 +34,14 @@ def belief_of(sources: int, seed: int = 0, *, power: float = 1.3, variance: floa
     shared, own = truncated(
         SIZES, torch.tensor(power, dtype=torch.float64), torch.tensor(variance, dtype=torch.float64)
     )
-    return Belief(lengths[0], lengths[1], shared, own, noise, 0.0)
+    return Belief(lengths[0], lengths[1], shared, own, torch.full((len(shared),), noise, dtype=torch.float64), 0.0)
 
 
 def link_belief(links: list[float], sources: int, *, noise: float = 0.01, offset: float = 0.0) -> Belief:
     link = torch.tensor([*links, 1.0], dtype=torch.float64)
     shared, own = linked(link, torch.ones_like(link), torch.tensor(1.0, dtype=torch.float64))
     lengths = torch.full((sources,), 0.5, dtype=torch.float64)
-    return Belief(lengths, lengths, shared, own, noise, offset)
+    return Belief(lengths, lengths, shared, own, torch.full((len(shared),), noise, dtype=torch.float64), offset)
 
 
 # --- the kernel --------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_the_posterior_is_that_of_the_whole_matrix() -> None:
         belief.covariance(both, runs).numpy(),
         belief.covariance(both, both).numpy(),
         value.numpy(),
-        belief.noise,
+        float(belief.noise_S[0]),
     )
     np.testing.assert_allclose(posterior.mean(both).numpy(), mean, atol=1e-10)
     np.testing.assert_allclose(posterior.spread(both, both).numpy(), cov, atol=1e-10)
@@ -148,7 +148,7 @@ def test_a_pending_run_keeps_means_and_shrinks_the_spread() -> None:
     after = posterior.expecting(pending)
     np.testing.assert_allclose(after.mean(at).numpy(), posterior.mean(at).numpy(), atol=1e-8)
     assert bool((after.variance(at) <= posterior.variance(at) + 1e-10).all())
-    assert float(after.variance(pending).max()) < belief.noise
+    assert float(after.variance(pending).max()) < float(belief.noise_S.min())
     assert posterior.expecting(Points(pending.x_NM[:0], pending.size_N[:0])) is posterior
 
 
@@ -216,7 +216,7 @@ def test_a_size_that_does_not_correlate_says_nothing() -> None:
     belief = link_belief([0.0], 3)
     posterior = Posterior(belief, Points(simplex(6, 3, 0), torch.arange(6) % 2), torch.randn(6).double())
     own, above, both = posterior.pairs(Points(simplex(10, 3, 3), torch.zeros(10, dtype=torch.long)), 1)
-    link = both / (above * (own + belief.noise)).sqrt()
+    link = both / (above * (own + belief.noise_S[0])).sqrt()
     assert float(information(torch.full((10,), 1.0).double(), link).max()) < 1e-12
 
 
@@ -280,7 +280,7 @@ def test_a_fit_predicts_what_it_has_not_seen(kernel: str) -> None:
     value = -((x - torch.tensor([0.5, 0.3, 0.2])) ** 2).sum(1) * 8
     runs = Points(x.sqrt(), torch.arange(40) % 2)
     belief = fit(runs[:30], value[:30], torch.tensor([0.1, 1.0]).double(), kernel, offset=1.0, apart=True)  # type: ignore[arg-type]
-    assert belief.noise >= LEAST_NOISE
+    assert float(belief.noise_S.min()) >= LEAST_NOISE
     top = Points(runs.x_NM[30:], torch.ones(10, dtype=torch.long))
     error = Posterior(belief, runs[:30], value[:30]).mean(top) - value[30:]
     assert float(error.abs().max()) < 0.3

@@ -81,8 +81,9 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 
 - A process of N runs takes N^3: hundreds of runs, not thousands.
 - The Gumbel distribution takes mixtures for independent, so f* is drawn too high while little is known.
-- All sizes have one noise. Where small runs are noise alone, the large ones are taken for noisy too, and the search may
-  not settle: on a toy, in 2 of 4 seeds. Take `by = "improvement"` there.
+- Where small runs are noise alone, they mislead for a while, though linked sizes have a noise each: on a toy the search
+  took longer than large runs alone by more than the small ones cost in 2 of 5 seeds, and in one of these it did not
+  settle within 20 large runs. Take `by = "improvement"` there.
 - The target is one number. Several losses are weighted into it.
 - Where the fit fails, a log-linear law on resampled runs stands in, and the recommendation says so.
 - Cheap runs say which mixtures are good, seldom which is best: the last step takes large runs.

@@ -170,5 +170,5 @@ def _facts(round_: Round) -> dict[str, Any]:
     if posterior is not None:
         belief = posterior.belief
         facts["reach"] = dict(zip(problem.names, belief.lengths_M.tolist(), strict=True))
-        facts["noise"] = belief.noise**0.5 * evidence.scale
+        facts["noise"] = float(belief.noise_S[evidence.top]) ** 0.5 * evidence.scale
     return facts

@@ -58,7 +58,7 @@ class Scoring:
         if not self.entropy:
             return log_improvement(mean_N, top_N.clamp(min=1e-12).sqrt(), float(self.best_K[0]))
         sd_N = top_N.clamp(min=1e-12).sqrt()
-        link_N = both_N / (sd_N * (own_N + self.posterior.belief.noise).sqrt())
+        link_N = both_N / (sd_N * (own_N + self.posterior.belief.noise_S[at.size_N]).sqrt())
         gap_KN = (self.best_K[:, None] - mean_N) / sd_N
         told_KN = information(gap_KN.reshape(-1), link_N.expand_as(gap_KN).reshape(-1)).reshape(gap_KN.shape)
         return told_KN.mean(0).clamp(min=1e-300).log() - self.evidence.fidelity_S[at.size_N].log()

@@ -17,7 +17,7 @@ Kernel = Literal["linked", "truncated"]
 LENGTH, OWN_LENGTH, POWER, VARIANCE = (3.0, 6.0), (6.0, 2.0), (3.0, 3.0), (2.0, 0.15)
 """Shape and rate of Gamma distributions that are held before: the paper's, and BoTorch's for the variance."""
 NOISE = (-4.0, 1.0)
-"""Mean and deviation of the log of the noise's variance."""
+"""Mean and deviation of the log of the noise's variance, of each size."""
 LINK, GAIN = (0.9, 0.7), (0.0, 0.7)
 """Mean and deviation of the atanh of a link and of the log of a gain. tanh(0.9) is 0.72."""
 LEAST_NOISE = 1e-4
@@ -30,16 +30,16 @@ def fit(runs: Points, value_N: Tensor, fidelity_S: Tensor, kernel: Kernel, *, of
     """The likeliest belief, in PyTorch alone. Values are scaled, the larger the better. Raises Unfit.
 
     `apart`: each size has a level of its own, of deviation `offset` before anything is known; otherwise all have one.
+    Linked sizes have a noise each, so that a size that says nothing does not make the others look noisy.
     """
     sources, sizes = runs.x_NM.shape[1], len(fidelity_S)
     unpack = _unpack(sources, fidelity_S, kernel)
-    extra = 2 * (sizes - 1) if kernel == "linked" else 1
+    noises = _noises(sizes, kernel)
     lengths = [math.log(LENGTH[0] / LENGTH[1]), math.log(OWN_LENGTH[0] / OWN_LENGTH[1])]
     others = [LINK[0]] * (sizes - 1) + [0.0] * (sizes - 1) if kernel == "linked" else [0.0]
-    assert len(others) == extra
     best: tuple[float, Tensor] | None = None
     for log_noise in (NOISE[0], -1.0):
-        start = [lengths[0]] * sources + [lengths[1]] * sources + [0.0, log_noise, *others]
+        start = [lengths[0]] * sources + [lengths[1]] * sources + [0.0, *[log_noise] * noises, *others]
         try:
             found = _climb(
                 torch.tensor(start, dtype=torch.float64), lambda raw: _loss(unpack(raw), runs, value_N, offset, apart)
@@ -55,39 +55,46 @@ def fit(runs: Points, value_N: Tensor, fidelity_S: Tensor, kernel: Kernel, *, of
 
 
 def _unpack(sources: int, fidelity_S: Tensor, kernel: Kernel) -> Callable[[Tensor], tuple[Unpacked, Tensor]]:
-    """From one vector to lengths, own lengths, shared and own variances, noise, variance; and the log of the prior."""
+    """From one vector to lengths, own lengths, shared and own variances, noises, variance; and the log of the prior."""
     sizes = len(fidelity_S)
+    behind = 2 * sources + 1 + _noises(sizes, kernel)
 
     def unpack(raw: Tensor) -> tuple[Unpacked, Tensor]:
         lengths_M, own_M = raw[:sources].exp(), raw[sources : 2 * sources].exp()
-        variance, log_noise, rest = raw[2 * sources].exp(), raw[2 * sources + 1], raw[2 * sources + 2 :]
-        noise = LEAST_NOISE + log_noise.exp()
+        variance, rest = raw[2 * sources].exp(), raw[behind:]
+        noise_S = LEAST_NOISE + raw[2 * sources + 1 : behind].exp()
         prior = _gamma(lengths_M, *LENGTH) + _gamma(own_M, *OWN_LENGTH) + _gamma(variance, *VARIANCE)
-        prior = prior + _normal(noise.log(), *NOISE) - noise.log()
+        prior = prior + _normal(noise_S.log(), *NOISE) - noise_S.log().sum()
+        noise_S = noise_S.expand(sizes)
         if kernel == "truncated":
             shared_SS, own_SS = truncated(fidelity_S, rest.exp(), variance)
-            return (lengths_M, own_M, shared_SS, own_SS, noise, variance), prior + _gamma(rest.exp(), *POWER)
+            return (lengths_M, own_M, shared_SS, own_SS, noise_S, variance), prior + _gamma(rest.exp(), *POWER)
         one = torch.ones(1, dtype=raw.dtype)
         link_S = torch.cat([torch.tanh(rest[: sizes - 1]), one])
         gain_S = torch.cat([rest[sizes - 1 :].exp(), one])
         shared_SS, own_SS = linked(link_S, gain_S, variance)
         prior = prior + _normal(rest[: sizes - 1], *LINK) + _normal(rest[sizes - 1 :], *GAIN)
-        return (lengths_M, own_M, shared_SS, own_SS, noise, variance), prior
+        return (lengths_M, own_M, shared_SS, own_SS, noise_S, variance), prior
 
     return unpack
 
 
+def _noises(sizes: int, kernel: Kernel) -> int:
+    """How many noises are learnt: the paper's kernel has one for all sizes."""
+    return sizes if kernel == "linked" else 1
+
+
 def _belief(unpacked: tuple[Unpacked, Tensor], offset: float, apart: bool) -> Belief:
-    lengths_M, own_M, shared_SS, own_SS, noise, _ = unpacked[0]
-    return Belief(lengths_M, own_M, shared_SS, own_SS, float(noise), offset, apart)
+    lengths_M, own_M, shared_SS, own_SS, noise_S, _ = unpacked[0]
+    return Belief(lengths_M, own_M, shared_SS, own_SS, noise_S, offset, apart)
 
 
 def _loss(unpacked: tuple[Unpacked, Tensor], runs: Points, value_N: Tensor, offset: float, apart: bool) -> Tensor:
     """Minus the log of likelihood times prior, per result."""
-    (lengths_M, own_M, shared_SS, own_SS, noise, _), prior = unpacked
-    belief = Belief(lengths_M, own_M, shared_SS, own_SS, 0.0, offset, apart)
+    (lengths_M, own_M, shared_SS, own_SS, noise_S, _), prior = unpacked
+    belief = Belief(lengths_M, own_M, shared_SS, own_SS, noise_S, offset, apart)
     total_NN = belief.covariance(runs, runs) + belief.levels(runs.size_N, runs.size_N)
-    lower_NN = factor(total_NN + noise * torch.eye(len(runs), dtype=value_N.dtype))
+    lower_NN = factor(total_NN + noise_S[runs.size_N].diag())
     white_N: Tensor = torch.linalg.solve_triangular(lower_NN, value_N[:, None], upper=False)[:, 0]
     log_likelihood = -(white_N * white_N).sum() / 2 - lower_NN.diagonal().log().sum()
     return -(log_likelihood + prior) / len(runs)
@@ -147,7 +154,7 @@ def fit_botorch(runs: Points, value_N: Tensor, fidelity_S: Tensor, *, offset: fl
         base.covar_module_biased.lengthscale.detach()[0],
         shared_SS,
         own_SS,
-        float(model.likelihood.noise.detach()),
+        model.likelihood.noise.detach().reshape(1).expand(len(fidelity_S)),
         offset,
         apart,
     )

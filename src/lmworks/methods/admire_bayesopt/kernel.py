@@ -44,8 +44,8 @@ class Belief:
     """Variance that two sizes share, of the part that the largest one has."""
     own_SS: Tensor
     """Variance that two sizes share, of the part that the largest one does not have: its last row and column are 0."""
-    noise: float
-    """Variance of a result that is measured again."""
+    noise_S: Tensor
+    """Variance of a result of each size that is measured again."""
     offset: float
     """Standard deviation, before anything is known, of each size's own level; 0: levels are 0."""
     apart: bool = True

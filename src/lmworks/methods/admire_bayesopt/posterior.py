@@ -36,7 +36,7 @@ class Posterior:
         """`value_N`: results, scaled, the larger the better. Raises Unfit."""
         self.belief, self.runs, self.value_N = belief, runs, value_N
         total_NN = belief.covariance(runs, runs) + belief.levels(runs.size_N, runs.size_N)
-        self._lower_NN = factor(total_NN + belief.noise * torch.eye(len(runs), dtype=value_N.dtype))
+        self._lower_NN = factor(total_NN + belief.noise_S[runs.size_N].diag())
         self._solved_N = torch.cholesky_solve(value_N[:, None], self._lower_NN)[:, 0]
         if not bool(torch.isfinite(self._solved_N).all()):
             raise Unfit("the results have no finite fit")
