@@ -70,7 +70,7 @@ def test_faults_are_seen_mended_and_leave_no_trace(
     found = drill(scene, twin, kind=kind, at=at, step=FAULT, rank=1)
     assert found.passed, found
     assert found.kind == taken_for
-    assert found.attempts == (3 if kind == "corrupt" or at == "load" else 2)
+    assert found.attempts == (1 if kind == "diskfull" else 3 if kind == "corrupt" or at == "load" else 2)
     aside = list((scene.folder / f"{kind}-{at}" / "checkpoints").glob("damaged-*"))
     assert len(aside) == (kind == "corrupt")
     leaves_nobody(scene.folder / f"{kind}-{at}")

@@ -113,7 +113,7 @@ def test_a_node_whose_agent_dies_twice_gives_way_to_a_spare(
     assert process.returncode == 0, told
     assert "node-1 is evicted: it was the cause of failure after failure" in told
     assert report_of(run, "node-2").ranks or report_of(run, "node-2").doing == "gone"
-    assert [row["node"] for row in said(run, "revive")][3:] == ["node-1"], "once it may have been an accident"
+    assert {row["node"] for row in said(run, "revive")[3:]} == {"node-1"}, "once it may have been an accident"
     assert toy.learned(RunFolder(run)) == toy.learned(unbroken)
 
 

@@ -64,7 +64,7 @@ def made(corpus: Path, selector: dict[str, Any] | str, **more: Any) -> Any:
 def learned(folder: RunFolder) -> list[dict[str, Any]]:
     """The rows of a run without times, energy and memory; what is counted of memory hangs on where an attempt began."""
     timed = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_bytes", "state_bytes", "colm/seconds"}
-    timed |= {"joules", "joules_modelled", "kwh", "kg_co2e"}
+    timed |= {"joules", "joules_modelled", "kwh", "kg_co2e", "checkpoint/blocked_seconds"}
     return [{k: v for k, v in row.items() if k not in timed} for row in rows(folder.metrics)]
 
 

@@ -18,6 +18,7 @@ from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
 from lmworks.core.journal import rows
 from lmworks.methods.megascale import Lamb, LambOptimizer, lamb_groups, trust_ratios
+from lmworks.model.checkpoint import complete
 from lmworks.train import save
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.optim import AdamW
@@ -250,12 +251,12 @@ def test_a_run_with_all_three_learns_and_a_resumed_one_is_the_same(text: Path, c
     assert all(
         row["lamb/trust_ratio_min"] <= row["lamb/trust_ratio_mean"] <= row["lamb/trust_ratio_max"] for row in steps
     )
-    middle = save.complete(whole.checkpoints)[0]
+    middle = complete(whole.checkpoints)[0]
     at = int(re.findall(r"\d+", middle.name)[-1])
     assert 0 < at < 24
     again, _ = toy.train(made, tmp_path / "again", resume=str(middle))
     assert learned(again.metrics) == [row for row in learned(whole.metrics) if row["step"] > at]
-    ours, theirs = (save.read(save.complete(folder.checkpoints)[-1]).tensors for folder in (again, whole))
+    ours, theirs = (save.read(complete(folder.checkpoints)[-1]).tensors for folder in (again, whole))
     for kind in ("model", "optimizer"):
         assert ours[kind].keys() == theirs[kind].keys()
         assert all(torch.equal(ours[kind][name], theirs[kind][name]) for name in ours[kind]), kind

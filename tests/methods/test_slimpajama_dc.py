@@ -25,6 +25,7 @@ from lmworks.data.split import Split
 from lmworks.data.stage import text_of
 from lmworks.data.units import read_records
 from lmworks.methods.slimpajama_dc import Ptwd
+from lmworks.model.checkpoint import complete
 from lmworks.prove.ledger import page
 from lmworks.train import save
 from lmworks.train.optim import AdamW
@@ -228,7 +229,7 @@ def test_a_resume_within_a_phase_is_bitwise_the_unbroken_run(text: Path, cache: 
     schedule = {"use": "ptwd", "rate": {"use": "cosine", "warmup": 2}}
     made = toy.recipe(text, cache, schedule=schedule, checkpoints={"every": 2, "keep": 9})
     whole, _ = toy.train(made, tmp_path / "whole")
-    want = save.read(save.complete(whole.checkpoints)[-1]).tensors
+    want = save.read(complete(whole.checkpoints)[-1]).tensors
     decays = [row["weight_decay"] for row in rows(whole.metrics) if "loss" in row]
     assert decays == pytest.approx([0.0] * 4 + [0.5] * 4 + [0.1] * 4)
     for step in (4, 6):
@@ -237,7 +238,7 @@ def test_a_resume_within_a_phase_is_bitwise_the_unbroken_run(text: Path, cache: 
         name = f"step-{step:08d}"
         shutil.copytree(whole.checkpoints / name, again / "checkpoints" / name)
         folder, _ = toy.train(made, again)
-        got = save.read(save.complete(folder.checkpoints)[-1]).tensors
+        got = save.read(complete(folder.checkpoints)[-1]).tensors
         for file in ("model", "optimizer", "random"):
             for key, value in want[file].items():
                 assert torch.equal(got[file][key], value), (step, key)

@@ -15,6 +15,7 @@ from lmworks.core import recipe as recipes
 from lmworks.core.errors import RecipeError
 from lmworks.core.journal import rows
 from lmworks.methods.sophia import Sophia, SophiaHealth
+from lmworks.model.checkpoint import complete
 from lmworks.train import save
 from lmworks.train.objective import CrossEntropy
 from lmworks.train.probe import Probe
@@ -52,7 +53,7 @@ def test_a_resume_is_bitwise_before_and_after_an_estimate(kind: str, text: Path,
     """Estimates are made in steps 1, 5 and 9: going on after step 4 begins with one, after step 6 it does not."""
     made = toy.recipe(text, cache, optimizer=sophia(kind, every=4), checkpoints={"every": 2, "keep": 9})
     whole, _ = toy.train(made, tmp_path / "whole")
-    want = save.read(save.complete(whole.checkpoints)[-1]).tensors
+    want = save.read(complete(whole.checkpoints)[-1]).tensors
     for step in (4, 6):
         again = tmp_path / f"from-{step}"
         (again / "checkpoints").mkdir(parents=True)
@@ -60,7 +61,7 @@ def test_a_resume_is_bitwise_before_and_after_an_estimate(kind: str, text: Path,
         shutil.copytree(whole.checkpoints / name, again / "checkpoints" / name)
         folder, report = toy.train(made, again)
         assert any(f"step {step}" in note for note in report.notes)
-        got = save.read(save.complete(folder.checkpoints)[-1]).tensors
+        got = save.read(complete(folder.checkpoints)[-1]).tensors
         for file in ("model", "optimizer", "random"):
             assert set(got[file]) == set(want[file])
             for key, value in want[file].items():

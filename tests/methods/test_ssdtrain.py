@@ -17,7 +17,7 @@ from lmworks.core.errors import MissingExtra, RecipeError
 from lmworks.methods.ssdtrain import SSDTrain
 from lmworks.methods.ssdtrain.pilot import Flight, Pilot, size
 from lmworks.methods.ssdtrain.plan import least_ahead, paper_plan, simulate, strict_plan
-from lmworks.parallel.pipeline import Clock
+from lmworks.parallel.clock import clock_of
 from lmworks.train.backends import Host
 from lmworks.train.ledger import Ledger
 from lmworks.train.moved import Facts, Pass, Visit
@@ -99,7 +99,7 @@ def flight(**over: Any) -> Flight:
 
 def step(*, micro_batches: int = 1, turns: bool = True, seconds: float = 40.0, **over: Any) -> Facts:
     """A step of ten blocks that take one second and save one byte each, no time between forward and backward."""
-    facts = Facts(clock=Clock(torch.device("cpu")), seconds=seconds, **over)
+    facts = Facts(clock=clock_of(torch.device("cpu")), seconds=seconds, **over)
     for _ in range(micro_batches):
         made = Pass(turns=turns)
         for i in range(10):

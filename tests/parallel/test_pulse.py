@@ -125,8 +125,8 @@ with Pulse():
 def test_a_stopped_process_is_silent_and_its_time_counts_as_busy(tmp_path: Path) -> None:
     environment = {**os.environ, FOLDER: str(tmp_path), "RANK": "0"}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         process.stdout.readline()
         path = file_of(tmp_path, 0)
         while read(path) is None:
@@ -144,3 +144,4 @@ def test_a_stopped_process_is_silent_and_its_time_counts_as_busy(tmp_path: Path)
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()

@@ -223,6 +223,8 @@ def test_a_run_whose_states_lie_on_levels_is_told_as_well(tmp_path: Path, laptop
     parts = {part.name: part for part in found.parts}
     assert found.run.choice.layout.state == StatePlacement(weights=1, gradients=2, levels=(2,))
     for name in ("weights", "gradients", "optimizer state"):
-        assert parts[name].ratio == 1.0
+        ratio = parts[name].ratio  # what is told is of the rank with most rows: 257 of them are not even
+        assert ratio is not None
+        assert 0.99 < ratio <= 1.0
     assert parts["step"].predicted is not None
     assert parts["step"].predicted > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,10 +57,9 @@ def _serve(made: Any, host: str, port: int) -> None:
             typer.echo(serve.address(guard, taken))
             say("Open the address above. Ctrl-C ends the board; the runs go on.")
 
-        try:
+        with suppress(KeyboardInterrupt):  # whether one comes through hangs on where the server is
             serve.serve(make(made, guard), listening, started=started)
-        except KeyboardInterrupt:
-            say("the board is closed")
+        say("the board is closed")
 
 
 def _folders(runs: list[Path] | None) -> list[Path]:

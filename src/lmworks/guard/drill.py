@@ -34,6 +34,9 @@ COMPARED = ("loss", "grad_norm", "val_loss")
 SLOW_STEPS = 30
 """In which a slow rank is to be named."""
 
+KINDS = {"attach": "driver", "checkpoint failed": "unsaved"}
+"""What an event that is no incident tells of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
@@ -174,12 +177,16 @@ def _outcome(fault: Fault, happened: dict[str, Any], code: int, run: Path, twin:
     when, at_step = float(happened["time"]), int(happened["step"])
     said = [row for row in rows(Folder(run).events) if row["start"] >= when]
     seen = next((row for row in said if row["name"] in ("incident", "attach")), None)
+    borne = seen is None and fault.kind == "diskfull"
+    if borne:  # the run itself tells of it, and goes on
+        own = (row for row in rows(RunFolder(run).events) if row["name"] == "checkpoint failed")
+        seen = next((row for row in own if row["start"] >= when), None)
     attempts = sum(row["name"] == "attempt" for row in rows(Folder(run).events))
     steps = [row for row in rows(RunFolder(run).events) if row["name"] == "step"]
     seen_at = None if seen is None else float(seen["start"])
     after = [row for row in steps if seen_at is not None and row["end"] > seen_at]
     before = max((row["step"] for row in steps if seen_at is not None and row["end"] <= seen_at), default=0)
-    restarts = fault.kind not in ("slow", "driver")
+    restarts = fault.kind not in ("slow", "driver") and not borne
     lost = max(before, at_step - 1) - after[0]["step"] + 1 if after and restarts else 0
     reached = next((row for row in after if row["step"] >= max(at_step, before)), None)
     facts = {} if seen is None else seen["attrs"]
@@ -189,8 +196,8 @@ def _outcome(fault: Fault, happened: dict[str, Any], code: int, run: Path, twin:
         at=fault.at,
         step=at_step,
         rank=fault.rank,
-        kind=None if seen is None else "driver" if seen["name"] == "attach" else str(facts.get("kind")),
-        said=str(facts.get("text", "")).splitlines()[0] if facts else "",
+        kind=None if seen is None else KINDS.get(seen["name"]) or str(facts.get("kind")),
+        said=next(iter(str(facts.get("text") or facts.get("reason") or "").splitlines()), ""),
         named=None if nobodys else facts.get("rank") == fault.rank,
         detected=None if seen_at is None else seen_at - when,
         detected_steps=max(0, before - at_step + 1),

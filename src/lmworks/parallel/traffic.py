@@ -239,7 +239,8 @@ class _Part:
         f, divided = (n - 1) / n, self.layout.sequence_parallel
         sent = 0.0
         for block in self.blocks:
-            again = (3 if divided else 2) if self._recomputed(block) else 0  # all but the last sum
+            whole = divided and self.layout.tp_slices > 1  # products in slices are run again with their sums
+            again = (4 if whole else 3 if divided else 2) if self._recomputed(block) else 0  # all but the last sum
             sent += f * self.hidden * (8 + again)
         if self.first:
             sent += 2 * f * self.hidden
