@@ -110,6 +110,7 @@ def drill(scene: Scene, twin: Path, *, kind: str, at: str, step: int, rank: int)
     run = scene.folder / f"{kind}-{at}"
     path = scene.folder / f"{kind}-{at}.faults.json"
     mark = scene.folder / f"{kind}-{at}.happened.json"
+    scene.folder.mkdir(parents=True, exist_ok=True)
     fault = Fault(kind=kind, at=at, step=step, rank=rank, mark=str(mark), run=str(run))
     faults.write(path, faults.planned(fault))
     times: list[float] = []
