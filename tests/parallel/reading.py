@@ -70,8 +70,8 @@ def draws(rank: int, layout: Layout, steps: int, memory: str, dies: int | None =
             found.update(getattr(batch, name).numpy().tobytes())
         if step % 8 == 0:
             wire.wait()  # ranks train together
+    counted = reads  # before any of them closes: then the others read what they had begun to take
     wire.wait()
-    counted = reads  # when the first one closes, the others read what they had begun to take
     rows.close()
     wire.wait()
     return Drawn(found.hexdigest(), counted, during, named(), open_files() - files, notes)
