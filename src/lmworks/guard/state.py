@@ -215,7 +215,8 @@ def _halt(state: State, facts: Facts, now: float, rules: Rules) -> Answer:
     why = _hopeless(state, cause, rules)
     if why is not None:
         return _ended(state, cause.exit_code, f"{cause.text}\n  {why}" if why else cause.text)
-    mended: list[Action] = [SetAside()] if cause.kind == "damaged" else []
+    # a rank that could not read may be heard behind those that only lost it: what is damaged shows when it is looked at
+    mended: list[Action] = [SetAside()] if cause.kind in ("damaged", "failed", "lost") else []
     down = [Revive(name) for name, node in nodes.items() if node.down(rules) or name in waiting]
     deep = cause.node is None and cause.kind in UNEXPLAINED
     state, actions = _ordered(replace(state, phase=CHECK, since=now, bad={}), "check", deep=deep)
