@@ -6,7 +6,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,18 +61,6 @@ def test_memory_that_is_not_there_is_an_error_and_leaves_no_file(tmp_path: Path)
     with pytest.raises(OSError, match=r"."):
         Board.make(tmp_path / "b", readers=1, room=1 << 55)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def little_room(tmp_path: Path) -> Iterator[Path]:
-    """Memory of 64 KiB by name."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_full_memory_is_an_error_before_anything_is_written(little_room: Path) -> None:

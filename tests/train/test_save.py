@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -158,18 +157,6 @@ def test_a_folder_that_cannot_be_written_is_told_and_at_the_end_an_error(tmp_pat
     assert [found.facts["in_a_row"] for found in news if found.name == "checkpoint failed"] == [1, 2]
     assert any("NO CHECKPOINT of step 3, 2 in a row: could not be written" in str(found.text) for found in news)
     assert [step_of(p) for p in complete(tmp_path / "gone")] == [1]
-
-
-@pytest.fixture
-def little_room(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 LARGE = Snapshot(tensors={"model": {"w": torch.zeros(1 << 16)}}, state={})

@@ -111,7 +111,7 @@ class Evict:
 
 @dataclass(frozen=True)
 class SetAside:
-    """The newest checkpoint is damaged: keep it, under a name by which nobody takes it."""
+    """Look at the newest checkpoint: one that is damaged is kept, under a name by which nobody takes it."""
 
 
 @dataclass(frozen=True)
