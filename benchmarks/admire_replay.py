@@ -35,6 +35,7 @@ from lmworks.mix.problem import Fidelity, MixtureProblem, Source
 from lmworks.mix.runs import Run, RunTable, Trial
 
 PARAMETERS = {"1m": 1.0, "60m": 60.0, "1b": 1000.0}
+SPLIT = {"1m": "train", "60m": "test", "1b": "test"}
 POOL = 48
 PLANS: dict[str, dict[str, Any]] = {
     "improvement, large runs only": {"by": "improvement", "starts": 4},
@@ -111,7 +112,7 @@ def main() -> None:
         sys.exit("say where the run tables are: --folder, or LMWORKS_REGMIX_DATA")
     torch.set_num_threads(1)
     folder = Path(options.folder)
-    sizes = [size for size in PARAMETERS if (folder / f"test_mixture_{size}.csv").is_file()]
+    sizes = [size for size in PARAMETERS if (folder / f"{SPLIT[size]}_mixture_{size}.csv").is_file()]
     record = evidence_file.head("admire_replay")
     record["data"] = "RegMix run tables, sail-sg/regmix, MIT"
     record["sizes"], record["results"] = sizes, []
@@ -126,7 +127,7 @@ def main() -> None:
 def one(folder: Path, sizes: list[str], target: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All seeds of a plan on a target."""
     cost = {size: PARAMETERS[size] / PARAMETERS[sizes[-1]] for size in sizes}
-    found = {size: table_of(folder, "train" if size == "1m" else "test", size, target) for size in sizes}
+    found = {size: table_of(folder, SPLIT[size], size, target) for size in sizes}
     names, _ = found[sizes[0]]
     problem = MixtureProblem(
         sources=tuple(Source(name=source) for source in names),

@@ -94,6 +94,11 @@ def report_of(run: Path, node: str) -> Report:
     return report
 
 
+def broken(run: Path) -> list[dict[str, object]]:
+    """The incidents that ended an attempt: a rank may really be slow on a machine that does other work besides."""
+    return [row for row in said(run, "incident") if row["kind"] != "slow"]
+
+
 def said(run: Path, name: str) -> list[dict[str, object]]:
     return [row["attrs"] for row in rows(Folder(run).events) if row["name"] == name]
 
@@ -106,8 +111,8 @@ def test_a_node_whose_agent_dies_twice_gives_way_to_a_spare(
     for least in (5, 10):
         until(lambda least=least: newest(run) >= least, process)  # type: ignore[misc]  # bound at once
         os.kill(report_of(run, "node-1").pid, signal.SIGKILL)
-        dead = len(said(run, "incident"))
-        until(lambda dead=dead: len(said(run, "incident")) > dead, process)  # type: ignore[misc]
+        dead = len(broken(run))
+        until(lambda dead=dead: len(broken(run)) > dead, process)  # type: ignore[misc]
         until(lambda: (report := report_of(run, "node-0")).doing == "runs" and bool(report.ranks[0].began), process)
     _, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
@@ -145,7 +150,7 @@ def test_under_torchrun_each_process_is_an_agent(
     _, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert "it was ended by SIGKILL" in told
-    assert [row["kind"] for row in said(run, "incident")] == ["killed"]
+    assert [row["kind"] for row in broken(run)] == ["killed"]
     assert toy.learned(RunFolder(run)) == toy.learned(unbroken)
 
 

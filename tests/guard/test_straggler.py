@@ -42,6 +42,23 @@ def test_equal_ranks_with_noise_are_not_slow() -> None:
             assert stragglers.look(ranks) is None
 
 
+def test_a_rank_whose_peers_were_not_seen_busy_at_all() -> None:
+    """Steps so quick that no look of the heart fell outside of an exchange: nothing can be said, and nothing breaks."""
+    stragglers = Stragglers()
+    for at in range(0, 10 * WINDOW, WINDOW):
+        assert stragglers.look(gang(at, [0.0, 0.0, 0.01])) is None
+    assert slowest({0: 0.0, 1: 0.0, 2: 1.0}, dict.fromkeys(range(3), 0)) == 2
+
+
+def test_quick_steps_are_not_told_apart_by_a_few_looks() -> None:
+    stragglers = Stragglers()
+    for at in range(0, 10 * WINDOW, WINDOW):
+        assert stragglers.look(gang(at, [0.01, 0.05])) is None  # 0.24 s of a round
+    for at in range(0, 100 * WINDOW, 10 * WINDOW):
+        found = stragglers.look(gang(at, [0.01, 0.05]))
+    assert found == 1  # 2.4 s of a round
+
+
 def test_one_slow_round_is_not_enough() -> None:
     stragglers = Stragglers()
     stragglers.look(gang(0, [1, 1, 1]))

@@ -173,10 +173,22 @@ def test_a_matrix_that_is_no_covariance_is_refused() -> None:
 
 @pytest.mark.parametrize(("link", "low", "high"), [(1.0, 0.99, 1.0), (0.0, -0.2, 0.2), (-1.0, -1.0, -0.99)])
 def test_agreement_is_the_link_before_anything_is_known(link: float, low: float, high: float) -> None:
-    belief = link_belief([link], 3)
+    belief = link_belief([link], 3, noise=1e-6)
     far = Points(simplex(1, 3, 0) * 1e6, torch.tensor([1]))
     found, _ = agreement(Posterior(belief, far, of(0.0)), simplex(60, 3, 1), 0, 1, seed=0)
     assert low <= found <= high
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 30.0])
+def test_noise_takes_from_agreement_what_it_takes_from_a_correlation(noise: float) -> None:
+    belief = link_belief([1.0], 3, noise=noise)
+    far = Points(simplex(1, 3, 0) * 1e6, torch.tensor([1]))
+    x = simplex(200, 3, 1)
+    posterior = Posterior(belief, far, of(0.0))
+    draws = posterior.draws(Points(x, torch.ones(200, dtype=torch.long)), 400, torch.Generator().manual_seed(1))
+    signal = float(draws.var(1).mean())
+    found, _ = agreement(posterior, x, 0, 1, seed=0)
+    assert found == pytest.approx((signal / (signal + noise)) ** 0.5, abs=0.05)
 
 
 # --- what a run is worth -----------------------------------------------------------------------------------------

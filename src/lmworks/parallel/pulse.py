@@ -62,7 +62,7 @@ class Beat:
     waits: bool = False
     """Whether it stands in an exchange."""
     busy: float = 0.0
-    """Seconds in which it did not, over all looks."""
+    """Seconds in which it did not, until its step began: whole steps, whenever in a step it beats."""
     waited: float = 0.0
     """Seconds in which it did."""
     stage: int = 0
@@ -107,6 +107,8 @@ class Pulse:
         self._moves = 0
         self._times = {False: 0.0, True: 0.0}
         """Seconds by whether it waits."""
+        self._step: int | None = None
+        self._busy = 0.0
 
     def __enter__(self) -> Pulse:
         if self._folder is not None:
@@ -136,12 +138,19 @@ class Pulse:
             now = time.monotonic()
             self._times[waits] += now - looked  # where it stood at the last look; also when it was stopped since
             looked = now
+            step = self._events_step()
+            if step is None or step != self._step:
+                self._step, self._busy = step, self._times[False]
             waits, stack = self._look()
             if over or now - said >= PERIOD:
                 count, said = count + 1, now
                 _write(path, self._beat(count, stack, waits=waits, over=over))
             if over:
                 return
+
+    def _events_step(self) -> int | None:
+        events = self.events
+        return None if events is None or not events.last else events.step
 
     def _look(self) -> tuple[bool, tuple[str, ...]]:
         """Whether the main thread waits for other ranks, and its innermost frames."""
@@ -164,7 +173,7 @@ class Pulse:
             pid=os.getpid(),
             host=platform.node(),
             count=count,
-            step=None if events is None or not events.last else events.step,
+            step=self._step,
             event="" if events is None else events.last,
             calls=sum(bill.calls for bill in bills),
             sent=sum(bill.bytes for bill in bills),
@@ -172,7 +181,7 @@ class Pulse:
             moves=self._moves,
             stack=stack,
             waits=waits,
-            busy=self._times[False],
+            busy=self._busy,
             waited=self._times[True],
             stage=0 if wire is None else wire.place("pp"),
             over=over,

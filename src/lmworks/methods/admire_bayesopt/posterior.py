@@ -86,15 +86,17 @@ class Posterior:
 
 
 def agreement(belief: Posterior, x_NM: Tensor, size: int, top: int, seed: int, draws: int = 128) -> tuple[float, float]:
-    """Correlation of a size with the largest over mixtures, and its standard deviation, in draws of what is believed.
+    """Correlation of results of a size with what the largest would give, over mixtures, and its standard deviation.
 
-    `x_NM`: mixtures as the kernel sees them. A size that ranks them as the largest does has 1.
+    In draws of what is believed. `x_NM`: mixtures as the kernel sees them. Results that rank them as the largest size
+    does have 1; results that are noise have 0, whatever the link of their size may be.
     """
     rows = len(x_NM)
     sizes_N = torch.cat([torch.full((rows,), size), torch.full((rows,), top)])
     generator = torch.Generator().manual_seed(seed)
     both_CN = belief.draws(Points(torch.cat([x_NM, x_NM]), sizes_N), draws, generator)
-    below_CN, above_CN = both_CN[:, :rows], both_CN[:, rows:]
+    noise_CN = torch.randn(draws, rows, generator=generator, dtype=both_CN.dtype)
+    below_CN, above_CN = both_CN[:, :rows] + belief.belief.noise_S[size].sqrt() * noise_CN, both_CN[:, rows:]
     below_CN = below_CN - below_CN.mean(1, keepdim=True)
     above_CN = above_CN - above_CN.mean(1, keepdim=True)
     length_C = below_CN.norm(dim=1) * above_CN.norm(dim=1)
