@@ -119,19 +119,17 @@ def rensa_hashed(files: list[Path]) -> int:
     """rensa's matrices and its index in memory, on lmworks' hashes of n-grams: the most that it can do."""
     import rensa
 
-    from lmworks.data.keys import MinHash
-    from lmworks.data.shingles import plain, shingles
-    from lmworks.data.stage import batches, text_of
+    from lmworks.data.keys import MinHash, batches_of
+    from lmworks.data.stage import text_of
     from lmworks.data.units import read_records
 
     key = MinHash()
     index = rensa.RMinHashLSH(threshold=0.8, num_perm=128, num_bands=8)
     kept = total = 0
     for file in files:
-        for batch in batches(read_records(file)):
-            found = shingles([plain(text_of(record)) for record in batch], key.n, key.unit)
-            starts = found.starts.astype(np.uint64)
-            matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(found.hashes, starts, 128, 0)
+        for batch in batches_of([text_of(record) for record in read_records(file)]):
+            hashes, starts = key.hashed(batch)
+            matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts.astype(np.uint64), 128, 0)
             flags = index.insert_matrix_and_query_duplicate_flags(matrix, total)
             kept += len(flags) - sum(flags)
             total += len(batch)

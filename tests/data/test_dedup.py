@@ -127,7 +127,8 @@ def test_a_document_of_many_blocks_has_the_set_of_the_whole(monkeypatch: pytest.
     text = " ".join(texts(6))
     whole = MinHash().detail(text)
     keys = MinHash().keys([text, text[:100]], 0)
-    monkeypatch.setattr("lmworks.data.keys.BLOCK", 64)
+    for name in ("BLOCK", "LONG"):
+        monkeypatch.setattr(f"lmworks.data.keys.{name}", 64)
     assert np.array_equal(MinHash().detail(text), whole)
     assert np.array_equal(MinHash().keys([text, text[:100]], 0), keys)
 

@@ -14,6 +14,7 @@ TEXTS = st.lists(st.text(alphabet="ab \n.Éß😀", max_size=30), max_size=6)
 
 @given(st.text(max_size=60))
 @example("\x1c a\u2028B ")
+@example("".join(map(chr, range(128))))
 def test_plain_text_is_the_oracles(text: str) -> None:
     assert plain(text) == oracle.plain(text)
 

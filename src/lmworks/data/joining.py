@@ -158,8 +158,10 @@ class Corpus:
     def _ids(self) -> list[tuple[Any, Any]]:
         """For each shard where ids end, and their bytes; both stay on disk."""
         folders = [one.folder for one in self._surveys]
-        ends = [np.load(folder / "ends.npy", mmap_mode="r", allow_pickle=False) for folder in folders]
-        texts = [np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False) for folder in folders]
+        ends, texts = (
+            [np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for folder in folders]
+            for name in ("ends.npy", "ids.npy")
+        )  # a view of a map is a map, and slow to make; one of an array is not, and the bytes stay where they are
         return list(zip(ends, texts, strict=True))
 
     def _shard(self, number: int) -> int:

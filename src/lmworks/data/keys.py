@@ -18,8 +18,10 @@ from lmworks.core.recipe import Fraction, PositiveInt
 from lmworks.data.bands import best_bands
 from lmworks.data.shingles import U64, Unit, mixed, plain, shingles
 
-BLOCK = 1_000_000
-"""Characters that are hashed in one go: enough to be fast, little enough to need tens of megabytes."""
+BLOCK = 100_000
+"""Characters that are hashed in one go: what array operations make of them stays in a core's cache."""
+LONG = 1_000_000
+"""Characters from which on a text is hashed a block at a time, so that it needs no more than tens of megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,32 +145,30 @@ class MinHash(Key):
 
     def signatures(self, texts: Sequence[str], seed: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """signatures_DP of P permutations, and which texts have an n-gram at all."""
-        rensa = need("rensa", extra="data", why="the key 'minhash'")
-        parts: list[U64] = []
-        counts: list[NDArray[np.int64]] = []
-        for some in _batches(texts):
-            if len(some) == 1:
-                parts.append(self.detail(some[0]))
-                counts.append(np.array([len(parts[-1])], dtype=np.int64))
-            else:
-                found = shingles([plain(text) for text in some], self.n, self.unit)
-                parts.append(found.hashes)
-                counts.append(np.diff(found.starts))
-        empty: U64 = np.zeros(0, dtype=np.uint64)
-        count_D = np.concatenate([*counts, np.zeros(0, dtype=np.int64)])
-        starts = np.concatenate([[0], np.cumsum(count_D)]).astype(np.uint64)
-        hashes = np.concatenate([empty, *parts])
-        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts, self.permutations, seed % 2**63)
-        rows = np.array(matrix.to_rows(), dtype=np.uint32).reshape(-1, self.permutations)
-        return rows, count_D > 0
+        digest = need("rensa", extra="data", why="the key 'minhash'").RMinHash.digest_matrix_from_flat_token_hashes
+        made, counts = [np.zeros((0, self.permutations), dtype=np.uint32)], [np.zeros(0, dtype=np.int64)]
+        for some in batches_of(texts):
+            hashes, starts = self.hashed(some)
+            matrix = digest(hashes, starts.astype(np.uint64), self.permutations, seed % 2**63)
+            made.append(np.array(matrix.to_rows(), dtype=np.uint32))
+            counts.append(np.diff(starts))
+        return np.concatenate(made), np.concatenate(counts) > 0
+
+    def hashed(self, texts: Sequence[str]) -> tuple[U64, NDArray[np.int64]]:
+        """Hashes of the n-grams of some texts, end to end, and where each text's begin, with the end of the last."""
+        if len(texts) == 1 and len(texts[0]) > LONG:
+            detail = self.detail(texts[0])
+            return detail, np.array([0, len(detail)], dtype=np.int64)
+        found = shingles([plain(text) for text in texts], self.n, self.unit)
+        return found.hashes, found.starts
 
     def detail(self, text: str) -> U64:
         """The set of n-grams, as sorted hashes; of a document of any length, a block at a time."""
         flat = plain(text)
         if self.unit == "word":
             return np.unique(shingles([flat], self.n, self.unit).hashes)
-        starts = range(0, max(1, len(flat) - self.n + 1), BLOCK)
-        pieces = [np.unique(shingles([flat[i : i + BLOCK + self.n - 1]], self.n, self.unit).hashes) for i in starts]
+        starts = range(0, max(1, len(flat) - self.n + 1), LONG)
+        pieces = [np.unique(shingles([flat[i : i + LONG + self.n - 1]], self.n, self.unit).hashes) for i in starts]
         return np.unique(np.concatenate(pieces)) if len(pieces) > 1 else pieces[0]
 
     def similarity(self, first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -193,7 +193,7 @@ def _folded(values_DR: NDArray[np.uint32], band: int) -> U64:
     return key_D
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def batches_of(texts: Sequence[str]) -> Iterator[list[str]]:
     """Texts in order, as many as make a block; a longer one alone."""
     batch: list[str] = []
     size = 0

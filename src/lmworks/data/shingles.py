@@ -22,10 +22,14 @@ OTHER = np.uint64(0xD1B54A32D192ED03)
 """The base over words, another one than within them."""
 BLANK = ord(" ")
 _DELETED = {ord(c): None for c in string.punctuation}
+_ASCII = bytes(BLANK if chr(code).isspace() else ord(chr(code).lower()) for code in range(128)) + bytes(128)
+"""What becomes of each byte of ASCII, the same as below, several times as fast."""
 
 
 def plain(text: str) -> str:
     """SlimPajama's cleaning: lower case, no ASCII punctuation, every run of white space one blank, none at the ends."""
+    if text.isascii():
+        return b" ".join(text.encode().translate(_ASCII, string.punctuation.encode()).split()).decode()
     return " ".join(text.lower().translate(_DELETED).split())
 
 

@@ -54,6 +54,9 @@ class Piece:
         return Piece(**{**row, "path": Path(row["path"])})
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 class LineFile:
     """A zstd file of JSON lines, made durable when it is closed."""
 
@@ -66,7 +69,7 @@ class LineFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object. Halves of surrogate pairs, as names of files may hold them, come back as they are."""
-        self._waiting.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+        self._waiting.write(ENCODER.encode(row).encode("utf-8", "surrogatepass"))
         self._waiting.write(b"\n")
         if self._waiting.tell() > 1 << 20:
             self._hand_on()
