@@ -16,7 +16,7 @@ from lmworks.data.shingles import U64, mixed
 
 Int = NDArray[np.int64]
 BYTES_A_DOCUMENT = 40
-"""Of a band's keys while they are sorted: key, number, order, sorted key and number."""
+"""Of a band's keys while they are sorted, at most: key, number, order, sorted key and number, the same for a part."""
 Alike = Callable[[int, int], bool]
 """Whether two documents that share a key are the same when they are looked at."""
 
@@ -95,33 +95,47 @@ def shared(keys: Sequence[NDArray[Any]], band: int, memory: int, salts: Sequence
     keys: keys_KD of each shard, memory-mapped. memory: bytes; where all keys at once would need more, they are gone
     through several times, each time another part of them. salts: documents of shards with different ones never share.
     """
-    starts = np.cumsum([0, *(part.shape[1] for part in keys)])
-    parts = max(1, -(-int(starts[-1]) * BYTES_A_DOCUMENT // max(1, memory)))
+    ends = np.cumsum([part.shape[1] for part in keys])
+    count = int(ends[-1]) if len(ends) else 0
+    parts = max(1, -(-count * BYTES_A_DOCUMENT // max(1, memory)))
     for part in range(parts):
+        values = np.empty(count if parts == 1 else 0, dtype=np.uint64)
         chosen: list[U64] = []
         numbers: list[NDArray[Any]] = []
         for shard, matrix in enumerate(keys):
-            values = np.asarray(matrix[band])
+            own = _row(matrix, band)
             if salts is not None:
-                values = values ^ mixed(np.array([salts[shard]], dtype=np.uint64))
-            own = np.arange(starts[shard], starts[shard + 1], dtype=np.int32 if starts[-1] < 2**31 else np.int64)
-            if parts > 1:
-                mine = values % np.uint64(parts) == np.uint64(part)
-                values, own = values[mine], own[mine]
-            chosen.append(values)
-            numbers.append(own)
-        yield _grouped(np.concatenate(chosen), np.concatenate(numbers))
+                own = own ^ mixed(np.array([salts[shard]], dtype=np.uint64))
+            start = int(ends[shard]) - len(own)
+            if parts == 1:
+                values[start : ends[shard]] = own
+                continue
+            mine = np.flatnonzero(own % np.uint64(parts) == np.uint64(part))
+            chosen.append(own[mine])
+            numbers.append((mine + start).astype(np.int32 if count < 2**31 else np.int64))
+        yield _grouped(values) if parts == 1 else _grouped(np.concatenate(chosen), np.concatenate(numbers))
 
 
-def _grouped(values: U64, numbers: NDArray[Any]) -> Band:
-    if not len(values):
-        return Band(numbers, np.zeros(0, dtype=np.int64))
+def _row(matrix: NDArray[Any], band: int) -> U64:
+    """The keys of one band. Of a mapped file they are read, so that its pages do not stay in memory."""
+    if not isinstance(matrix, np.memmap) or matrix.filename is None:
+        return np.asarray(matrix[band])
+    count = matrix.shape[1]
+    start = matrix.offset + band * count * matrix.itemsize
+    return np.fromfile(matrix.filename, dtype=np.uint64, count=count, offset=start)
+
+
+def _grouped(values: U64, numbers: NDArray[Any] | None = None) -> Band:
+    """Documents by their keys. `numbers`: theirs, rising; none where they are all documents."""
     order = np.argsort(values, kind="stable")
     values = values[order]
-    same = np.concatenate([[False], values[1:] == values[:-1], [False]])
-    shared_by_some = same[:-1] | same[1:]
-    begins = ~same[:-1][shared_by_some]
-    return Band(numbers[order[shared_by_some]], np.flatnonzero(begins).astype(np.int64))
+    as_before = np.zeros(len(values), dtype=np.bool_)
+    np.equal(values[1:], values[:-1], out=as_before[1:])
+    shared_by_some = as_before.copy()
+    shared_by_some[:-1] |= as_before[1:]
+    begins = ~as_before[shared_by_some]
+    places = order[shared_by_some]
+    return Band(places if numbers is None else numbers[places], np.flatnonzero(begins).astype(np.int64))
 
 
 def join_alike(found: Components, group: NDArray[Any], alike: Alike, refused: set[tuple[int, int]]) -> None:

@@ -33,6 +33,11 @@ class Clusters:
         """For each member the one that is kept in its place, which may be itself."""
         self.removed = (self.kept != numbers) & (numbers < corpus.first_reference)
 
+    @cached_property
+    def _rising(self) -> Int:
+        """The places of members in the order of their numbers."""
+        return np.argsort(self.numbers, kind="stable")
+
     def __len__(self) -> int:
         return len(self.starts)
 
@@ -40,11 +45,11 @@ class Clusters:
         """For each document of a shard that is in a cluster: its row, the name of the one kept in its place, and how
         many the cluster holds."""
         first, end = self._corpus.stretch(shard)
-        inside = np.flatnonzero((self.numbers >= first) & (self.numbers < end))
-        sizes = np.repeat(self.sizes, self.sizes)
-        for i in inside[np.argsort(self.numbers[inside], kind="stable")].tolist():
+        low, high = np.searchsorted(self.numbers, [first, end], sorter=self._rising)
+        for i in self._rising[low:high].tolist():
             of = self._corpus.name(int(self.kept[i])) if self.removed[i] else None
-            yield {"row": int(self.numbers[i]) - first, "of": of, "copies": int(sizes[i])}
+            cluster = int(np.searchsorted(self.starts, i, side="right")) - 1
+            yield {"row": int(self.numbers[i]) - first, "of": of, "copies": int(self.sizes[cluster])}
 
     def table(self) -> Iterator[dict[str, Any]]:
         """A row for each member. `bands` is how many keys it shares with the one that is kept: none where both are
@@ -68,10 +73,11 @@ class Clusters:
     def by_source(self) -> dict[tuple[str, str], int]:
         """Removed documents by their own source and that of the one that is kept."""
         own, of = (self._corpus.shards_of(numbers[self.removed]) for numbers in (self.numbers, self.kept))
-        pairs, counts = np.unique(np.stack([own, of]), axis=1, return_counts=True)
+        shards = len(self._corpus.sources)
+        pairs, counts = np.unique(own * shards + of, return_counts=True)
         found: dict[tuple[str, str], int] = {}
-        for i, count in enumerate(counts.tolist()):
-            names = self._corpus.sources[pairs[0, i]], self._corpus.sources[pairs[1, i]]
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            names = self._corpus.sources[pair // shards], self._corpus.sources[pair % shards]
             found[names] = found.get(names, 0) + count
         return found
 
@@ -88,8 +94,8 @@ class Corpus:
     def __init__(self, surveys: Sequence[Surveyed], references: Sequence[Surveyed], key: Key, *, memory: int) -> None:
         self._surveys = [*surveys, *references]
         self.key, self._memory = key, memory
-        self.keys = [np.load(one.folder / "keys.npy", mmap_mode="r", allow_pickle=False) for one in self._surveys]
-        self._starts = np.cumsum([0, *(part.shape[1] for part in self.keys)])
+        self._keys = [self._keys_at(shard) for shard in range(len(self._surveys))]
+        self._starts = np.cumsum([0, *(part.shape[1] for part in self._keys)])
         self._list = self._starts.tolist()
         self.first_reference = int(self._starts[len(surveys)])
         self.looked_at = self.refused = 0
@@ -108,7 +114,7 @@ class Corpus:
         """All groups of documents that share a key, band by band."""
         salts = [text_hash(source) for source in self.sources] if per_source else None
         for band in range(self.key.bands):
-            yield from shared(self.keys, band, self._memory, salts)
+            yield from shared(self._keys, band, self._memory, salts)
 
     def stretch(self, shard: int) -> tuple[int, int]:
         """The numbers of a shard's documents: from the first to before the second."""
@@ -144,7 +150,12 @@ class Corpus:
         """keys_KM of M documents."""
         found = np.empty((self.key.bands, len(numbers)), dtype=np.uint64)
         for shard, mine, rows in self._by_shard(numbers):
-            found[:, mine] = self.keys[shard][:, rows]
+            found[:, mine] = self._keys_at(shard)[:, rows]  # mapped anew: what was looked at is let go
+        return found
+
+    def _keys_at(self, shard: int) -> NDArray[Any]:
+        """keys_KD of a shard, which stay on disk."""
+        found: NDArray[Any] = np.load(self._surveys[shard].folder / "keys.npy", mmap_mode="r", allow_pickle=False)
         return found
 
     def _by_shard(self, numbers: Int) -> Iterator[tuple[int, Int, Int]]:
@@ -277,11 +288,11 @@ def _chosen(corpus: Corpus, found: Components, prefer: Sequence[str], similarity
     """The clusters in the order of their smallest numbers, each with the one that is kept first: a reference, of the
     source that is preferred, the longest, the one whose source and id come first."""
     labels = found.labels()
-    wanted = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1) if len(labels) else labels
-    numbers = wanted.astype(np.int64)
+    several = np.bincount(labels, minlength=len(labels)) > 1
+    numbers = np.flatnonzero(several[labels]).astype(np.int64)
     places = {source: place for place, source in enumerate(prefer)}
-    place_S = np.array([places.get(source, len(places)) for source in corpus.sources], dtype=np.int64)
-    rank = [
+    place_S = np.array([places.get(source, len(places)) for source in corpus.sources], dtype=np.int32)
+    rank: list[NDArray[Any]] = [
         -corpus.lengths_of(numbers),
         place_S[corpus.shards_of(numbers)],
         numbers < corpus.first_reference,
@@ -291,10 +302,10 @@ def _chosen(corpus: Corpus, found: Components, prefer: Sequence[str], similarity
     numbers, rank = numbers[order], [column[order] for column in rank]
     begins = np.flatnonzero(np.diff(rank[-1], prepend=-1)).astype(np.int64)
     # a cluster of references alone is nobody's business; references stand first, so its last one tells
-    ends = np.append(begins[1:], len(numbers))
-    some = np.flatnonzero(numbers[ends - 1] < corpus.first_reference) if len(begins) else begins
-    picked = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(begins[g], ends[g]) for g in some)])
-    sizes = ends[some] - begins[some]
+    ends = np.append(begins[1:], len(numbers))[: len(begins)]
+    sizes = ends - begins
+    some = numbers[ends - 1] < corpus.first_reference
+    picked, sizes = np.repeat(some, sizes), sizes[some]
     starts = np.cumsum(sizes) - sizes
     numbers, rank = numbers[picked], [column[picked] for column in rank]
     tied = np.ones(len(numbers), dtype=np.bool_)  # as good as the one before it
