@@ -95,25 +95,33 @@ def shared(keys: Sequence[NDArray[Any]], band: int, memory: int, salts: Sequence
     keys: keys_KD of each shard, memory-mapped. memory: bytes; where all keys at once would need more, they are gone
     through several times, each time another part of them. salts: documents of shards with different ones never share.
     """
-    ends = np.cumsum([part.shape[1] for part in keys])
-    count = int(ends[-1]) if len(ends) else 0
+    count = sum(part.shape[1] for part in keys)
     parts = max(1, -(-count * BYTES_A_DOCUMENT // max(1, memory)))
     for part in range(parts):
-        values = np.empty(count if parts == 1 else 0, dtype=np.uint64)
-        chosen: list[U64] = []
-        numbers: list[NDArray[Any]] = []
-        for shard, matrix in enumerate(keys):
-            own = _row(matrix, band)
-            if salts is not None:
-                own = own ^ mixed(np.array([salts[shard]], dtype=np.uint64))
-            start = int(ends[shard]) - len(own)
-            if parts == 1:
-                values[start : ends[shard]] = own
-                continue
-            mine = np.flatnonzero(own % np.uint64(parts) == np.uint64(part))
-            chosen.append(own[mine])
-            numbers.append((mine + start).astype(np.int32 if count < 2**31 else np.int64))
-        yield _grouped(values) if parts == 1 else _grouped(np.concatenate(chosen), np.concatenate(numbers))
+        yield _grouped(keys, band, (part, parts), salts)
+
+
+def _part(
+    keys: Sequence[NDArray[Any]], band: int, which: tuple[int, int], salts: Sequence[int] | None
+) -> tuple[U64, NDArray[Any] | None]:
+    """The keys of one of so many parts of a band, and whose they are; None: those of all documents, in their order."""
+    part, parts = which
+    ends = np.cumsum([matrix.shape[1] for matrix in keys])
+    count = int(ends[-1]) if len(ends) else 0
+    values = np.empty(count if parts == 1 else 0, dtype=np.uint64)
+    chosen, numbers = [values], [np.zeros(0, dtype=np.int32 if count < 2**31 else np.int64)]
+    for shard, matrix in enumerate(keys):
+        own = _row(matrix, band)
+        start = int(ends[shard]) - len(own)
+        if salts is not None:
+            own = own ^ mixed(np.array([salts[shard]], dtype=np.uint64))
+        if parts == 1:
+            values[start : ends[shard]] = own
+            continue
+        mine = np.flatnonzero(own % np.uint64(parts) == np.uint64(part))
+        chosen.append(own[mine])
+        numbers.append((mine + start).astype(numbers[0].dtype))
+    return (values, None) if parts == 1 else (np.concatenate(chosen), np.concatenate(numbers))
 
 
 def _row(matrix: NDArray[Any], band: int) -> U64:
@@ -125,8 +133,9 @@ def _row(matrix: NDArray[Any], band: int) -> U64:
     return np.fromfile(matrix.filename, dtype=np.uint64, count=count, offset=start)
 
 
-def _grouped(values: U64, numbers: NDArray[Any] | None = None) -> Band:
-    """Documents by their keys. `numbers`: theirs, rising; none where they are all documents."""
+def _grouped(keys: Sequence[NDArray[Any]], band: int, which: tuple[int, int], salts: Sequence[int] | None) -> Band:
+    """Those of a part of a band that share a key."""
+    values, numbers = _part(keys, band, which, salts)
     order = np.argsort(values, kind="stable")
     values = values[order]
     as_before = np.zeros(len(values), dtype=np.bool_)

@@ -17,7 +17,7 @@ from lmworks.data.keys import Key, text_hash
 from lmworks.data.stage import Surveyed, text_of
 from lmworks.data.units import read_records
 
-CHUNK = 100_000
+CHUNK = 20_000
 """Documents of clusters whose keys are compared in one go."""
 
 
