@@ -277,12 +277,16 @@ def two_sizes(rows: int, link: float, seed: int) -> tuple[Points, torch.Tensor]:
     return runs, lower @ torch.randn(rows, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@pytest.mark.parametrize(("link", "low", "high"), [(0.97, 0.6, 1.0), (0.0, -0.4, 0.4), (-0.9, -1.0, -0.2)])
+@pytest.mark.parametrize(("link", "low", "high"), [(0.97, 0.6, 1.0), (0.0, -0.2, 0.2), (-0.9, -1.0, -0.3)])
 def test_a_link_is_learnt(link: float, low: float, high: float) -> None:
-    runs, value = two_sizes(80, link, 3)
-    belief = fit(runs, value, torch.tensor([0.1, 1.0]).double(), "linked", offset=1.0, apart=True)
-    small = belief.paired(torch.tensor([0]), torch.tensor([0]))[0]
-    assert low < float(belief.shared_SS[0, 1] / (belief.shared_SS[1, 1] * small).sqrt()) < high
+    """The mean over four draws: 80 runs tell it within 0.4 or so."""
+    found = []
+    for seed in (3, 4, 5, 6):
+        runs, value = two_sizes(80, link, seed)
+        belief = fit(runs, value, torch.tensor([0.1, 1.0]).double(), "linked", offset=1.0, apart=True)
+        small = belief.paired(torch.tensor([0]), torch.tensor([0]))[0]
+        found.append(float(belief.shared_SS[0, 1] / (belief.shared_SS[1, 1] * small).sqrt()))
+    assert low < float(np.mean(found)) < high
 
 
 @pytest.mark.parametrize("kernel", ["linked", "truncated"])

@@ -368,3 +368,14 @@ def test_small_runs_that_agree_save_cost() -> None:
     large = dataclasses.replace(both, by="improvement")
     wins = sum(first_good(both, alike, seed)[0] < first_good(large, alike, seed)[0] for seed in range(10))
     assert wins >= 8
+
+
+@pytest.mark.slow
+def test_small_runs_that_are_noise_cost_no_more_than_themselves() -> None:
+    """On average over twenty landscapes; a single one may be luckier or less so."""
+    both = AdmireBayesOpt(budget=20.0, candidates=64)
+    large = dataclasses.replace(both, by="improvement")
+    spent = [first_good(both, unlike(seed), seed) for seed in range(20)]
+    alone = [first_good(large, unlike(seed), seed)[0] for seed in range(20)]
+    small = float(np.mean([cheap for _, cheap in spent]))
+    assert float(np.mean([cost for cost, _ in spent])) <= float(np.mean(alone)) + small

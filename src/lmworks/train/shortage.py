@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import re
 import resource
 import traceback
@@ -59,17 +60,25 @@ class Account:
     predicted: Footprint
 
 
+KEPT = 1 << 20
+"""Bytes of addresses that are given up when memory is short, so that it can be told."""
+
+
 @contextmanager
 def explained(account: Account, doing: Callable[[], str], seen: Callable[[], Footprint | None]) -> Iterator[None]:
     """Turn an error of memory in here into OutOfMemory. `doing`: 'in step 3'; `seen`: what was measured so far."""
+    kept = mmap.mmap(-1, KEPT)
     try:
         yield
     except Exception as error:
         if isinstance(error, LmworksError) or not is_shortage(error):
             raise
+        kept.close()
         used, left = max(0, memory_bytes(account.device) - account.before), free(account.device)
         traceback.clear_frames(error.__traceback__)  # they hold what took the memory, and there is a run to close
         raise explanation(account, asked_by(error), used, left, doing(), seen()) from error
+    finally:
+        kept.close()
 
 
 def is_shortage(error: BaseException) -> bool:

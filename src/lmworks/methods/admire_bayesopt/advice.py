@@ -162,7 +162,7 @@ def _facts(round_: Round) -> dict[str, Any]:
     problem, evidence, posterior = round_.problem, round_.evidence, round_.learnt.posterior
     names = [one.name for one in problem.fidelities]
     facts: dict[str, Any] = {
-        "runs": {name: evidence.count(size) for size, name in enumerate(names)},
+        "runs": {name: round_.everything.count(size) for size, name in enumerate(names)},
         "spent": round_.table.spent() / problem.top.cost,
         "agreement": {names[size]: list(found) for size, found in round_.agreements.items()},
         "stopped": round_.why_stop(),

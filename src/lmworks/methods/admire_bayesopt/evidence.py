@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -73,10 +74,18 @@ class Evidence:
         return int((self.size_N == size).sum())
 
 
-def gather(problem: MixtureProblem, table: RunTable, *, inputs: Inputs, standardise: Standardise) -> Evidence:
-    """The runs that may be learnt from. Raises LmworksError for scores in two units."""
+def gather(
+    problem: MixtureProblem,
+    table: RunTable,
+    *,
+    inputs: Inputs,
+    standardise: Standardise,
+    without: Collection[int] = (),
+) -> Evidence:
+    """The runs that may be learnt from, those of some sizes left out. Raises LmworksError for scores in two units."""
     rows = [table.to_learn(one.name).to_fit() for one in problem.fidelities]
     same_unit([values for _, values in rows])
+    rows = [(p[:0], values[:0]) if i in without else (p, values) for i, (p, values) in enumerate(rows)]
     mixtures = np.concatenate([mixture for mixture, _ in rows])
     sizes = torch.cat([torch.full((len(values),), i) for i, (_, values) in enumerate(rows)])
     raw = [torch.from_numpy(-values) for _, values in rows]

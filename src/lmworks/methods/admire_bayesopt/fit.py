@@ -16,8 +16,9 @@ from lmworks.methods.admire_bayesopt.posterior import Unfit, factor
 Kernel = Literal["linked", "truncated"]
 LENGTH, OWN_LENGTH, POWER, VARIANCE = (3.0, 6.0), (6.0, 2.0), (3.0, 3.0), (2.0, 0.15)
 """Shape and rate of Gamma distributions that are held before: the paper's, and BoTorch's for the variance."""
-NOISE = (-4.0, 1.0)
-"""Mean and deviation of the log of the noise's variance, of each size."""
+NOISE, NOISE_BELOW = (-4.0, 1.0), (-2.0, 2.0)
+"""Mean and deviation of the log of the noise's variance: of the largest size, or of all where they have one; of smaller
+sizes that have their own, which may say nothing: as a rough surface their noise would mislead."""
 LINK, GAIN = (0.9, 0.7), (0.0, 0.7)
 """Mean and deviation of the atanh of a link and of the log of a gain. tanh(0.9) is 0.72."""
 LEAST_NOISE = 1e-4
@@ -64,7 +65,8 @@ def _unpack(sources: int, fidelity_S: Tensor, kernel: Kernel) -> Callable[[Tenso
         variance, rest = raw[2 * sources].exp(), raw[behind:]
         noise_S = LEAST_NOISE + raw[2 * sources + 1 : behind].exp()
         prior = _gamma(lengths_M, *LENGTH) + _gamma(own_M, *OWN_LENGTH) + _gamma(variance, *VARIANCE)
-        prior = prior + _normal(noise_S.log(), *NOISE) - noise_S.log().sum()
+        prior = prior + _normal(noise_S[-1].log(), *NOISE) + _normal(noise_S[:-1].log(), *NOISE_BELOW)
+        prior = prior - noise_S.log().sum()
         noise_S = noise_S.expand(sizes)
         if kernel == "truncated":
             shared_SS, own_SS = truncated(fidelity_S, rest.exp(), variance)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lmworks.core.errors import UsageError
 from lmworks.core.seeds import seed_for
 from lmworks.methods.admire_bayesopt.choose import Candidates, Scoring, best_run, polished, scoring
-from lmworks.methods.admire_bayesopt.evidence import ENOUGH, gather, told_apart
+from lmworks.methods.admire_bayesopt.evidence import ENOUGH, Evidence, gather, told_apart
 from lmworks.methods.admire_bayesopt.kernel import Points
 from lmworks.methods.admire_bayesopt.learn import Learnt, learn
 from lmworks.methods.admire_bayesopt.posterior import Unfit, agreement
@@ -47,7 +47,7 @@ class Round:
         """`pool`: the runs that can be made at all; None: any mixture within the bounds, at any size."""
         self.settings, self.problem, self.table, self.pool = settings, problem, table, pool
         self.seed = seed_for(seed, "admire-bayesopt", len(table))
-        self.evidence = gather(problem, table, inputs=settings.inputs, standardise=settings.standardise)
+        self.everything = gather(problem, table, inputs=settings.inputs, standardise=settings.standardise)
 
     # --- what is known ------------------------------------------------------------------------------------------
 
@@ -87,22 +87,15 @@ class Round:
         return found
 
     @cached_property
-    def learnt(self) -> Learnt:
-        """What is believed."""
-        settings = self.settings
-        apart = settings.standardise == "size"
-        return learn(self.evidence, kernel=settings.kernel, engine=settings.engine, apart=apart, seed=self.seed)
-
-    @cached_property
     def agreements(self) -> dict[int, tuple[float, float]]:
         """Correlation of each smaller size with the largest, and its deviation, once there are runs to tell it by."""
-        posterior, evidence = self.learnt.posterior, self.evidence
-        if posterior is None or evidence.count(evidence.top) <= ENOUGH:
+        evidence = self.everything
+        told = [size for size in range(evidence.top) if evidence.count(size) >= ENOUGH]
+        if not told or evidence.count(evidence.top) <= ENOUGH or self._all_learnt.posterior is None:
             return {}
         x_NM = evidence.seen(self.candidates.mixtures_CM[:: max(1, len(self.candidates.mixtures_CM) // COMPARED)])
-        told = [size for size in range(evidence.top) if evidence.count(size) >= ENOUGH]
         try:
-            return {size: agreement(posterior, x_NM, size, evidence.top, self.seed) for size in told}
+            return {size: agreement(self._all_learnt.posterior, x_NM, size, evidence.top, self.seed) for size in told}
         except Unfit:
             return {}
 
@@ -110,6 +103,29 @@ class Round:
     def dropped(self) -> set[int]:
         """Sizes that do not rank mixtures as the largest one does."""
         return {size for size, (mean, _) in self.agreements.items() if mean < self.settings.least_agreement}
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What is learnt from: everything but runs of sizes that are dropped, which would mislead."""
+        if not self.dropped:
+            return self.everything
+        settings = self.settings
+        inputs, standardise = settings.inputs, settings.standardise
+        return gather(self.problem, self.table, inputs=inputs, standardise=standardise, without=self.dropped)
+
+    @cached_property
+    def learnt(self) -> Learnt:
+        """What is believed."""
+        return self._learnt_from(self.evidence) if self.dropped else self._all_learnt
+
+    @cached_property
+    def _all_learnt(self) -> Learnt:
+        return self._learnt_from(self.everything)
+
+    def _learnt_from(self, evidence: Evidence) -> Learnt:
+        settings = self.settings
+        apart = settings.standardise == "size"
+        return learn(evidence, kernel=settings.kernel, engine=settings.engine, apart=apart, seed=self.seed)
 
     @cached_property
     def alike(self) -> str | None:
@@ -133,7 +149,7 @@ class Round:
         """Why no more runs are worth it; None while some are."""
         if self.alike is not None:
             return f"mixtures cannot be told apart: {self.alike}"
-        if len(self.evidence) >= self.settings.starts and self.gain < self.settings.least_gain:
+        if len(self.everything) >= self.settings.starts and self.gain < self.settings.least_gain:
             return f"one more run of the largest size is expected to gain {self.gain:.3g} at best"
         return None
 
@@ -156,7 +172,7 @@ class Round:
         start = min(affordable) if entropy else top
         if start not in affordable:
             return None
-        if self._made(pending, start) < self.settings.starts or not len(self.evidence):
+        if self._made(pending, start) < self.settings.starts or not len(self.everything):
             return self._random({start}, taken, generator)
         sizes = affordable - self.dropped if entropy else {top}
         if entropy and top in affordable and self._large_is_due(pending) and len(self._open({top}, taken).row_K):
