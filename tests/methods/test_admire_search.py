@@ -372,10 +372,11 @@ def test_small_runs_that_agree_save_cost() -> None:
 
 @pytest.mark.slow
 def test_small_runs_that_are_noise_cost_no_more_than_themselves() -> None:
-    """On average over twenty landscapes; a single one may be luckier or less so."""
+    """Over twenty landscapes, as far as so many tell: a single one may be luckier or less so."""
     both = AdmireBayesOpt(budget=20.0, candidates=64)
     large = dataclasses.replace(both, by="improvement")
-    spent = [first_good(both, unlike(seed), seed) for seed in range(20)]
-    alone = [first_good(large, unlike(seed), seed)[0] for seed in range(20)]
-    small = float(np.mean([cheap for _, cheap in spent]))
-    assert float(np.mean([cost for cost, _ in spent])) <= float(np.mean(alone)) + small
+    spent = np.array([first_good(both, unlike(seed), seed) for seed in range(20)])
+    alone = np.array([first_good(large, unlike(seed), seed)[0] for seed in range(20)])
+    assert np.isfinite(spent).all(), "it settles"
+    more = spent[:, 0] - spent[:, 1] - alone
+    assert more.mean() <= 2 * more.std(ddof=1) / math.sqrt(len(more))

@@ -40,7 +40,8 @@ in a recipe of `lmworks mix` ([guide](../guides/mix.md)). `budget` is in runs of
    over normal z. An exact result at the target's size has gap h / 2 - log Phi(gap), max-value entropy search.
 4. *Run* the best one, after steps uphill along the gradient within the bounds. A run of the target's size is due when
    small ones have cost `large_every` of it or are `large_after` in number.
-5. *Drop* a size whose results correlate less than `least_agreement` with the target's, in draws of what is believed.
+5. *Drop* a size whose results correlate less than `least_agreement` with the target's, in draws of what is believed:
+   no more of its runs are made, and those there are do not count.
 6. *Stop* when the budget is spent, when one more large run is expected to gain less than `least_gain`, or when mixtures
    cannot be told apart: they differ by less than twice what seeds do.
 
@@ -58,8 +59,11 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
   runs in one go: `use = "regmix"`.
 - `by = "improvement"` where sizes are known not to agree: it needs no agreement.
 - `by = "entropy"` where small runs are cheap and sizes agree. On RegMix's table, where 1M and 60M parameters do, it
-  found the best of 48 mixtures for about half of what improvement took, with either kernel; with the paper's settings
-  it bought small runs alone and did not find it (`benchmarks/admire_replay.py`).
+  found the best of 48 mixtures for 4.1 large runs, improvement for 7.4, random runs for 24.5; with the paper's settings
+  it bought small runs alone and did not find it (`benchmarks/admire_replay.py`, means of five seeds).
+- Not for few sources: of 40 mixtures of three, improvement found the best with ten large runs in five of five searches,
+  entropy in four, with five in one and none (`benchmarks/admire_live.py sizes`; sizes correlate 0.77 and 0.81 there).
+  LIVE
 - Give `noise`, from three runs of one mixture, so that the search can end when there is nothing to find.
 - Costs should be seconds or FLOPs that were measured, tokens included: parameters alone make a small model's run of
   fewer tokens look dear.
@@ -81,9 +85,8 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 
 - A process of N runs takes N^3: hundreds of runs, not thousands.
 - The Gumbel distribution takes mixtures for independent, so f* is drawn too high while little is known.
-- Where small runs are noise alone, they mislead for a while, though linked sizes have a noise each: on a toy the search
-  took longer than large runs alone by more than the small ones cost in 2 of 5 seeds, and in one of these it did not
-  settle within 20 large runs. Take `by = "improvement"` there.
+- Where small runs are noise alone, they cost what they cost, and mislead for a while: on twenty toys of that kind the
+  search took 7.8 large runs on average, large runs alone 6.3. Take `by = "improvement"` where that is known.
 - The target is one number. Several losses are weighted into it.
 - Where the fit fails, a log-linear law on resampled runs stands in, and the recommendation says so.
 - Cheap runs say which mixtures are good, seldom which is best: the last step takes large runs.
