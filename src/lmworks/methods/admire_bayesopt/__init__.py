@@ -61,11 +61,11 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 - `by = "entropy"` where small runs are cheap and sizes agree. On RegMix's table, where 1M and 60M parameters do, it
   found the best of 48 mixtures for 4.1 large runs, improvement for 7.4, random runs for 24.5; with the paper's settings
   it bought small runs alone and did not find it (`benchmarks/admire_replay.py`, means of five seeds).
-- Live, of 40 mixtures that were all trained (`benchmarks/admire_live.py`, five searches each). Five sources, two smaller
+- Live, of 40 mixtures that were all trained (`benchmarks/admire_live.py`, five searches each). Five sources, smaller
   sizes that correlate 0.90 and 0.91 with the largest: the best mixture was found for ten large runs in 5 searches, for
   five in 1; by improvement in 3 and 3, with the paper's settings in 5 and 5, by the one-shot regression in none. Three
   sources, sizes that correlate 0.77 and 0.81: in 5 and 1; by improvement in 5 and 1, with the paper's settings in none.
-  Runs of the target's size are wasted where sizes agree, and are what is needed where they do not; the default buys both.
+  Large runs are wasted where sizes agree, and are what is needed where they do not; the default buys both.
 - Give `noise`, from three runs of one mixture, so that the search can end when there is nothing to find.
 - Costs should be seconds or FLOPs that were measured, tokens included: parameters alone make a small model's run of
   fewer tokens look dear.
