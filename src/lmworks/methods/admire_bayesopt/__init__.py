@@ -87,8 +87,9 @@ The paper's settings: `kernel = "truncated"`, `inputs = "share"`, `standardise =
 
 - A process of N runs takes N^3: hundreds of runs, not thousands.
 - The Gumbel distribution takes mixtures for independent, so f* is drawn too high while little is known.
-- Where small runs are noise alone, they cost what they cost, and mislead for a while: on twenty toys of that kind the
-  search took 7.8 large runs on average, large runs alone 6.3. Take `by = "improvement"` where that is known.
+- Where small runs are noise alone, they cost what they cost, and mislead for a while: on a single toy of that kind the
+  search may take twice what large runs alone do, over twenty no more than the small runs cost (a test). Take
+  `by = "improvement"` where that is known.
 - With few large runs agreement is hardly known, and a size may be dropped that agrees: in a search of three sources it
   was put at -0.3 +- 0.4 after six, where 40 runs show 0.8. The warning tells the deviation; more budget mends it.
 - The target is one number. Several losses are weighted into it.
