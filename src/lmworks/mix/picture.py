@@ -72,6 +72,6 @@ def _slice(axes: Any, part: dict[str, Any]) -> None:
     axes.scatter(*_flat(np.array([part["chosen"]])), s=90, marker="*", color=BAD, label="chosen")
     for (u, v), name in zip(((0, -0.06), (1, -0.06), (0.5, 0.9)), part["sources"], strict=True):
         axes.text(u, v, name, ha="center", fontsize=9)
-    axes.set_title(f"{part['whole']:.0%} of the tokens, the rest as chosen", fontsize=9, pad=16)
+    axes.set_title(f"{part['whole']:.0%} of the tokens, the rest as chosen", fontsize=9, pad=24)
     axes.set_axis_off()
     axes.legend(fontsize=8, loc="upper right")
